@@ -1,0 +1,3 @@
+from llmcore_hf.cli import entry_point
+
+entry_point()

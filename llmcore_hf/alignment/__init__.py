@@ -1,0 +1,1 @@
+"""Alignment methods on TRL's trainers. One file is one module."""

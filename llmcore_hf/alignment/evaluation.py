@@ -1,0 +1,207 @@
+"""Held-out evaluation, the same before and after training: log-likelihoods and generated answers.
+
+It tokenizes on its own, through the same chat template as TRL, so that it also checks what TRL trains on. Rows are
+shared out over the processes and gathered again; greedy decoding draws no random numbers, so that evaluating changes
+nothing in the training that follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from llmcore_hf.stats import paired_interval
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Text = str | list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of prompt and completion together; the first `n_prompt` of them are the prompt."""
+
+    ids: list[int]
+    n_prompt: int
+
+    @property
+    def n_completion(self) -> int:
+        return len(self.ids) - self.n_prompt
+
+    def truncate(self, max_length: int | None) -> Encoded:
+        return self if max_length is None else Encoded(self.ids[:max_length], min(self.n_prompt, max_length))
+
+
+@dataclass(frozen=True)
+class Likelihoods:
+    """Per row: the sum of the log-probabilities of the completion tokens, in nats, and their number."""
+
+    logprobs: list[float]
+    n_tokens: list[int]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Per row: the generated text, its length in tokens, and whether the model ended it by itself."""
+
+    texts: list[str]
+    n_tokens: list[int]
+    terminated: list[bool]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text, tools: Any = None) -> Encoded:
+    """Tokenize a row as the trainers do.
+
+    The completion begins where the ids of the prompt alone and of the whole row part. An end-of-sequence token is
+    added to plain text; a chat template brings its own.
+    """
+    if isinstance(completion, str):
+        assert isinstance(prompt, str)
+        eos = str(tokenizer.eos_token)
+        text = prompt + completion + ("" if completion.endswith(eos) else eos)
+        prompt_ids, ids = tokenizer(prompt)["input_ids"], tokenizer(text)["input_ids"]
+    else:
+        assert isinstance(prompt, list)
+        template = {"tools": tools, "tokenize": True, "return_dict": True}
+        prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **template)["input_ids"]
+        ids = tokenizer.apply_chat_template(prompt + completion, **template)["input_ids"]
+    shared = next((i for i, (a, b) in enumerate(zip(prompt_ids, ids, strict=False)) if a != b), len(prompt_ids))
+    return Encoded(list(ids), min(shared, len(ids)))
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """No gradients, no dropout; afterwards the model is in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def likelihoods(
+    model: PreTrainedModel,
+    rows: Sequence[Encoded],
+    pad_token_id: int,
+    batch_size: int,
+    accelerator: Accelerator,
+) -> Likelihoods:
+    """Log-likelihood of the completion of each row under `model`, in float32."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))  # similar lengths together: little padding
+    found: list[tuple[int, float]] = []
+    with evaluating(model):
+        for batch in _batches(order, batch_size, accelerator):
+            with accelerator.autocast():
+                sums = _batch_logprobs(model, [rows[i] for i in batch], pad_token_id, accelerator.device)
+            found += zip(batch, sums, strict=True)
+    return Likelihoods(_gather_in_order(found, accelerator), [_n_predicted(row) for row in rows])
+
+
+def _n_predicted(row: Encoded) -> int:
+    """Completion tokens that have a token before them to be predicted from."""
+    return row.n_completion - (row.n_prompt == 0)
+
+
+def _batch_logprobs(model: Any, rows: list[Encoded], pad_token_id: int, device: torch.device) -> list[float]:
+    width = max(len(row.ids) for row in rows)
+    ids = torch.full((len(rows), width), pad_token_id)  # (B, T), right-padded
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row.ids)] = torch.tensor(row.ids)
+        mask[i, : len(row.ids)] = 1
+    ids, mask = ids.to(device), mask.to(device)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (B, T, V)
+    sums = []
+    for i, row in enumerate(rows):  # row by row: only the completion's logits become float32
+        start, end = max(row.n_prompt, 1), len(row.ids)
+        sums.append(-cross_entropy(logits[i, start - 1 : end - 1].float(), ids[i, start:end], reduction="sum").item())
+    return sums
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Text],
+    max_new_tokens: int,
+    batch_size: int,
+    accelerator: Accelerator,
+) -> Answers:
+    """Greedy answers of `model` to the prompts, in the order of the prompts."""
+    found: list[tuple[int, tuple[str, int, bool]]] = []
+    stops = _stop_ids(model, tokenizer)
+    with evaluating(model):
+        for batch in _batches(list(range(len(prompts))), batch_size, accelerator):
+            inputs = _encode_prompts(tokenizer, [prompts[i] for i in batch]).to(accelerator.device)
+            with accelerator.autocast():
+                output = model.generate(
+                    **inputs,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    temperature=None,
+                    top_p=None,
+                    top_k=None,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+            for i, ids in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+                length = next((n + 1 for n, token in enumerate(ids) if token in stops), len(ids))
+                ended = bool(ids[:length]) and ids[length - 1] in stops
+                found.append((i, (tokenizer.decode(ids[:length], skip_special_tokens=True), length, ended)))
+    texts, lengths, ended_flags = zip(*_gather_in_order(found, accelerator), strict=True)
+    return Answers(list(texts), list(lengths), list(ended_flags))
+
+
+def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    configured = model.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
+
+
+def _encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[Text]) -> Any:
+    if isinstance(prompts[0], str):
+        return tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
+    texts = [tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) for p in prompts]
+    return tokenizer(texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
+
+
+def _batches(order: list[int], batch_size: int, accelerator: Accelerator) -> Iterator[list[int]]:
+    """This process's share of the rows, in batches."""
+    mine = order[accelerator.process_index :: accelerator.num_processes]
+    for start in range(0, len(mine), batch_size):
+        yield mine[start : start + batch_size]
+
+
+def _gather_in_order(found: list[tuple[int, Any]], accelerator: Accelerator) -> list[Any]:
+    """The results of all processes, sorted by row number, in every process."""
+    if accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        found = gather_object(found)
+    return [value for _, value in sorted(found, key=lambda item: item[0])]
+
+
+def compare(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """The `eval` block of a summary.
+
+    Each argument maps a metric to a list of per-row values, whose mean is the metric, or to a number with the count
+    of rows, `(value, n)`. Lists get a 95 % interval of the change.
+    """
+    block: dict[str, Any] = {"before": {}, "after": {}, "delta": {}, "ci95": {}, "n": {}}
+    for name in after:
+        first, last = before[name], after[name]
+        if isinstance(last, list):
+            block["ci95"][name] = list(paired_interval(first, last))
+            block["n"][name] = len(last)
+            first, last = sum(first) / len(first), sum(last) / len(last)
+        else:
+            (first, _), (last, block["n"][name]) = first, last
+        block["before"][name], block["after"][name], block["delta"][name] = first, last, last - first
+    return block

@@ -1,0 +1,268 @@
+"""Supervised fine-tuning: maximise the likelihood of the reference answer, token by token.
+
+    L(theta) = - sum over completion tokens t of log pi_theta(y_t | x, y_<t)
+
+The loss is the cross-entropy of the next token (MLE); prompt tokens are context and carry no loss. The last trained
+token is the end of the turn: a model that never sees it in the labels never learns to stop. Trainer: TRL's SFTTrainer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llmcore_hf.alignment import evaluation, training
+from llmcore_hf.alignment.training import Job, ModelArguments
+from llmcore_hf.checks import Check
+from llmcore_hf.config import Config, RunArguments
+from llmcore_hf.curves import HELD_OUT, TRAIN, Line, Panel, draw
+from llmcore_hf.data.loading import DataArguments, Splits, load
+from llmcore_hf.errors import UserError
+from llmcore_hf.run_dir import RunDirectory
+
+if TYPE_CHECKING:
+    from trl import SFTConfig, SFTTrainer
+
+house_defaults = training.house_defaults
+IGNORED = -100  # label of tokens without loss
+N_CHECKED = 16  # training rows whose labels are looked at
+
+
+def argument_classes() -> tuple[type, ...]:
+    from trl import SFTConfig
+
+    return (RunArguments, DataArguments, ModelArguments, SFTConfig)
+
+
+def check(config: Config) -> list[str]:
+    """Impossible combinations of options, one sentence each."""
+    values, problems = config.values, training.check_options(config)
+    if values["packing"] and values["use_cpu"]:
+        problems.append("--packing needs FlashAttention and so a GPU: without it, packed rows see each other")
+    if values["padding_free"] and not values["packing"] and values["max_length"]:
+        problems.append("--padding_free without --packing needs --max_length none: TRL does not cut rows there")
+    if values["completion_only_loss"] and values["assistant_only_loss"]:
+        problems.append("--completion_only_loss and --assistant_only_loss exclude each other: choose one")
+    return problems
+
+
+def run(config: Config, run_dir: RunDirectory) -> None:
+    """Load, evaluate, train, evaluate again on the same held-out rows, check, and write the evidence."""
+    args: SFTConfig = config.part(argument_classes()[-1])
+    data_args = config.part(DataArguments)
+    job = training.prepare(config, config.part(ModelArguments), args)
+    splits = load(data_args, "sft", args.seed, args.dataset_num_proc)
+    training.require_chat_template(job.tokenizer, splits)
+    if "messages" in splits.train.column_names and not config.is_set("assistant_only_loss"):
+        args.assistant_only_loss = True  # the other turns are context
+
+    trainer = make_trainer(config, job, splits, args)
+    training.attach(trainer, run_dir)
+    held_out = HeldOut.of(splits, job, args, data_args, trainer)
+    run_dir.summary["data"] = {**splits.describe(), **held_out.shares, "n_dropped": _n_dropped(splits, trainer, args)}
+    run_dir.summary["model"] = training.describe_model(trainer, job)
+    run_dir.checks += label_checks(trainer, splits, job)
+
+    before = held_out.measure(trainer, job)
+    training.train(trainer, run_dir, args.resume_from_checkpoint)
+    after = held_out.measure(trainer, job)
+
+    run_dir.summary["eval"] = block = evaluation.compare(before.metrics, after.metrics)
+    run_dir.checks += learning_checks(block)
+    if after.answers and before.answers:
+        run_dir.summary["samples"] = training.samples(
+            held_out.prompts, held_out.references, before.answers, after.answers
+        )
+    training.append_to_model_card(run_dir, job, splits)
+    run_dir.write("training_curves.png", draw_curves(run_dir, job, splits))
+
+
+def make_trainer(config: Config, job: Job, splits: Splits, args: SFTConfig) -> SFTTrainer:
+    """TRL's trainer, given the path so that its own loading code makes the model."""
+    from trl import SFTTrainer, get_peft_config, get_quantization_config
+
+    model_args = config.part(ModelArguments)
+    return SFTTrainer(
+        model=job.path,
+        args=args,
+        train_dataset=splits.train,
+        eval_dataset=splits.validation,
+        processing_class=job.tokenizer,
+        peft_config=get_peft_config(model_args),
+        quantization_config=get_quantization_config(model_args),
+    )
+
+
+def as_pair(row: dict[str, Any]) -> tuple[evaluation.Text, evaluation.Text]:
+    """(prompt, completion) of a row in any SFT format; the last turn of a conversation is its completion."""
+    if "messages" in row:
+        return row["messages"][:-1], row["messages"][-1:]
+    return ("", row["text"]) if "text" in row else (row["prompt"], row["completion"])
+
+
+@dataclass
+class Measured:
+    metrics: dict[str, Any]
+    answers: evaluation.Answers | None
+
+
+@dataclass
+class HeldOut:
+    """The rows that are evaluated before and after, tokenized once."""
+
+    rows: list[evaluation.Encoded]
+    prompts: list[evaluation.Text]
+    references: list[str]
+    shares: dict[str, float | None]
+    max_new_tokens: int
+    batch_size: int
+
+    @classmethod
+    def of(cls, splits: Splits, job: Job, args: SFTConfig, data_args: DataArguments, trainer: SFTTrainer) -> HeldOut:
+        rows = [_encode(row, job) for row in splits.test]
+        kept = [row.truncate(args.max_length) for row in rows]
+        if not any(row.n_completion for row in kept):
+            raise UserError(f"--max_length {args.max_length} leaves no answer in any held-out row of {splits.source}")
+        limit = training.prompt_limit(trainer, args.max_length, data_args.max_new_tokens)
+        askable = [i for i, row in enumerate(rows) if 0 < row.n_prompt <= limit][: data_args.max_generation_samples]
+        pairs = [as_pair(splits.test[i]) for i in askable]
+        measured = [_encode(row, job) for row in splits.train.select(range(min(len(splits.train), training.N_MEASURED)))]
+        return cls(
+            rows=[row for row in kept if row.n_completion],
+            prompts=[prompt for prompt, _ in pairs],
+            references=[training.show_text(completion) for _, completion in pairs],
+            shares=training.token_shares(measured, args.max_length),
+            max_new_tokens=data_args.max_new_tokens,
+            batch_size=args.per_device_eval_batch_size,
+        )
+
+    def measure(self, trainer: SFTTrainer, job: Job) -> Measured:
+        from llmcore_hf.metrics import ExactMatch, Perplexity
+
+        model, accelerator = trainer.model, trainer.accelerator
+        pad = job.tokenizer.pad_token_id
+        found = evaluation.likelihoods(model, self.rows, pad, self.batch_size, accelerator)
+        text = Perplexity().compute(predictions=found.logprobs, references=found.n_tokens)
+        metrics: dict[str, Any] = {"perplexity": (text["perplexity"], len(self.rows))}
+        if not self.prompts:
+            return Measured(metrics, None)
+        answers = evaluation.generate(
+            model, job.tokenizer, self.prompts, self.max_new_tokens, self.batch_size, accelerator
+        )
+        match = ExactMatch().compute(predictions=answers.texts, references=self.references)
+        metrics["exact_match"] = match["scores"]
+        metrics["completions/terminated"] = [float(ended) for ended in answers.terminated]
+        metrics["completions/mean_length"] = [float(n) for n in answers.n_tokens]
+        return Measured(metrics, answers)
+
+
+def _encode(row: dict[str, Any], job: Job) -> evaluation.Encoded:
+    return evaluation.encode(job.tokenizer, *as_pair(row), tools=row.get("tools"))
+
+
+def _n_dropped(splits: Splits, trainer: SFTTrainer, args: SFTConfig) -> int:
+    """Rows the trainer left out; packing merges rows, so they cannot be counted there."""
+    return 0 if args.packing else len(splits.train) - len(trainer.train_dataset)
+
+
+def label_checks(trainer: SFTTrainer, splits: Splits, job: Job) -> list[Check]:
+    """Look at the labels that the trainer's own collator makes, against a tokenization of our own."""
+    if trainer.args.packing or "text" in splits.train.column_names:
+        n_ends = n_leaks = n_rows = None
+    else:
+        n_rows = min(N_CHECKED, len(trainer.train_dataset))
+        n_ends, n_leaks = _count_labels(trainer, splits, job, n_rows)
+    return [
+        Check(
+            "sft.end_of_turn_is_trained",
+            "invariant",
+            None if n_rows is None else n_ends == n_rows,
+            {"rows": n_rows, "with_end_of_turn": n_ends},
+            "the end-of-turn token is in the labels of every row that is not cut off",
+            "标签里没有结束符，模型就学不会停下来，会一直生成到长度上限。",
+            "Without the end-of-turn token in the labels the model never learns to stop.",
+        ),
+        Check(
+            "sft.prompt_carries_no_loss",
+            "invariant",
+            None if n_rows is None else n_leaks == 0,
+            {"rows": n_rows, "prompt_tokens_with_loss": n_leaks},
+            "0 prompt tokens in the labels",
+            "提示词是条件而不是目标：对它计算损失会让模型学着复述问题。",
+            "The prompt is context, not target: loss on it teaches the model to repeat questions.",
+        ),
+    ]
+
+
+def _count_labels(trainer: SFTTrainer, splits: Splits, job: Job, n_rows: int) -> tuple[int, int]:
+    """Rows whose labels hold the end of the last turn (or are cut off before it), and prompt tokens with loss."""
+    end = job.tokenizer.eos_token_id
+    n_ends = n_leaks = 0
+    for i in range(n_rows):
+        labels = trainer.data_collator([trainer.train_dataset[i]])["labels"][0].tolist()
+        row = _encode(splits.train[i], job)
+        was_cut = len(labels) < len(row.ids)
+        first = row.n_prompt if "messages" not in splits.train.column_names else _first_answer(splits.train[i], job)
+        n_ends += was_cut or end in [label for label in labels[row.n_prompt :] if label != IGNORED]
+        n_leaks += sum(label != IGNORED for label in labels[:first])
+    return n_ends, n_leaks
+
+
+def _first_answer(row: dict[str, Any], job: Job) -> int:
+    """Tokens before the first turn of the assistant, in a conversation of several turns."""
+    turns = row["messages"]
+    first = next(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
+    return evaluation.encode(job.tokenizer, turns[:first], turns[first : first + 1], tools=row.get("tools")).n_prompt
+
+
+def learning_checks(block: dict[str, Any]) -> list[Check]:
+    """Has anything been learned that shows on rows the training never saw?"""
+    name = "exact_match" if "exact_match" in block["ci95"] else None
+    interval = block["ci95"].get(name)
+    return [
+        Check(
+            "sft.held_out_perplexity_fell",
+            "learning",
+            block["delta"]["perplexity"] < 0,
+            {"before": block["before"]["perplexity"], "after": block["after"]["perplexity"]},
+            "lower perplexity on held-out rows than before training",
+            "留出集困惑度没有下降，说明没有学到可泛化的东西，可能是学习率或步数不合适。",
+            "Held-out perplexity that does not fall means nothing general was learned: look at learning rate and steps.",
+        ),
+        Check(
+            "sft.held_out_exact_match_rose",
+            "learning",
+            None if interval is None else interval[0] > 0,
+            None if interval is None else {"change": block["delta"][name], "from": interval[0], "to": interval[1]},
+            "95 % interval of the change in exact match lies above 0",
+            "留出题的完全匹配率没有显著上升：训练集上的损失下降不等于学会了任务。",
+            "Exact match on held-out prompts did not clearly rise: a falling training loss alone is no proof.",
+        ),
+    ]
+
+
+def draw_curves(run_dir: RunDirectory, job: Job, splits: Splits) -> bytes:
+    block = run_dir.summary["eval"]
+    shares = {"exact_match": "exact match", "completions/terminated": "ended by itself"}
+    return draw(
+        f"SFT: {job.name} on {splits.source}",
+        run_dir.history,
+        [
+            Panel(
+                "Loss (cross-entropy of completion tokens)",
+                (Line("loss", "training", TRAIN), Line("eval_loss", "held-out (validation)", HELD_OUT, "o")),
+            ),
+            Panel(
+                "Share of next tokens predicted right",
+                (
+                    Line("mean_token_accuracy", "training", TRAIN),
+                    Line("eval_mean_token_accuracy", "held-out (validation)", HELD_OUT, "o"),
+                ),
+            ),
+            Panel(
+                "Entropy of the predictions (nats)",
+                (Line("entropy", "training", TRAIN), Line("eval_entropy", "held-out (validation)", HELD_OUT, "o")),
+            ),
+        ],
+        {shares[n]: (block["before"][n], block["after"][n]) for n in shares if n in block["after"]},
+    )

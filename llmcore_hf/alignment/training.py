@@ -1,0 +1,353 @@
+"""What all modules on TRL's trainers share: defaults for the machine, option checks, callbacks, saving."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
+from trl import ModelConfig
+
+from llmcore_hf import distributed
+from llmcore_hf.alignment import evaluation
+from llmcore_hf.config import COMMAND_LINE, Config
+from llmcore_hf.data.loading import DataArguments, Splits, looks_like_path
+from llmcore_hf.data.toy import TOY_DATASETS
+from llmcore_hf.errors import UserError
+from llmcore_hf.models import loading, tiny
+from llmcore_hf.run_dir import Diverged, RunDirectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, Trainer
+
+N_MEASURED = 1000  # rows whose token counts are measured for the summary
+N_SAMPLES = 5  # answers shown in the summary
+POSITIVE = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "num_train_epochs",
+    "max_length",
+    "max_train_samples",
+    "max_eval_samples",
+    "max_new_tokens",
+    "lora_r",
+    "lora_alpha",
+)
+LORA_ONLY = ("lora_", "use_rslora", "use_dora")
+
+
+@dataclasses.dataclass
+class ModelArguments(ModelConfig):
+    """TRL's `ModelConfig`, with the names of the tiny checkpoints in its help."""
+
+    model_name_or_path: str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "A local folder, a hub id, or a tiny checkpoint made on this machine: "
+            + ", ".join(tiny.TINY_MODELS)
+            + " (`-base`: warm-started)."
+        },
+    )
+
+
+def house_defaults(explicit: dict[str, Any]) -> dict[str, Any]:
+    """Defaults that differ from TRL's: half precision and activation checkpointing only where they help.
+
+    On a CPU, bfloat16 and activation checkpointing cost time and buy nothing, and TRL's defaults do not even start.
+    """
+    import torch
+
+    on_gpu = (torch.cuda.is_available() or torch.backends.mps.is_available()) and not explicit.get("use_cpu")
+    launched_on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+    on_gpu = on_gpu and not launched_on_cpu
+    defaults: dict[str, Any] = {
+        "use_cpu": not on_gpu,
+        "activation_checkpointing": on_gpu,
+        "gradient_checkpointing": on_gpu,  # the old name of the same option
+        "dataloader_pin_memory": on_gpu,
+        "disable_tqdm": True,  # the console shows its own bar
+        "logging_nan_inf_filter": False,  # a NaN in the loss must be seen, not replaced
+    }
+    if not explicit.get("fp16"):
+        defaults["bf16"] = on_gpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    if "gradient_checkpointing" in explicit:
+        defaults["activation_checkpointing"] = explicit["gradient_checkpointing"]
+    return defaults
+
+
+def check_options(config: Config) -> list[str]:
+    """Impossible combinations among the options every module on a TRL trainer has; one sentence each."""
+    values, problems = config.values, []
+    for name in ("model_name_or_path", "dataset_name"):
+        if not values[name]:
+            problems.append(f"--{name} is missing (or --toy for the offline recipe)")
+    model, dataset = values["model_name_or_path"], values["dataset_name"]
+    if model and model not in tiny.TINY_MODELS and looks_like_path(model) and not Path(model).expanduser().is_dir():
+        problems.append(f"--model_name_or_path {model}: there is no such folder")
+    if dataset and dataset not in TOY_DATASETS and looks_like_path(dataset):
+        if not Path(dataset).expanduser().exists():
+            problems.append(f"--dataset_name {dataset}: there is no such file or folder")
+    problems += [f"--{n} must be greater than 0, not {values[n]}" for n in POSITIVE if _not_positive(values.get(n))]
+    if not 0 < values["test_split_size"] < 1:
+        problems.append(f"--test_split_size must lie between 0 and 1, not {values['test_split_size']}")
+    if values["max_generation_samples"] < 0:
+        problems.append(f"--max_generation_samples must not be negative, not {values['max_generation_samples']}")
+    return problems + _check_peft(config) + _check_precision(values)
+
+
+def _not_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not value > 0
+
+
+def _check_peft(config: Config) -> list[str]:
+    values, problems = config.values, []
+    if not values["use_peft"]:
+        given = [n for n, source in config.sources.items() if source == COMMAND_LINE and n.startswith(LORA_ONLY)]
+        problems += [f"--{name} has no effect without --use_peft" for name in given]
+        if values["load_in_4bit"] or values["load_in_8bit"]:
+            problems.append("quantized weights cannot be trained themselves: add --use_peft to train LoRA on them")
+    if values["load_in_4bit"] or values["load_in_8bit"]:
+        import torch
+
+        if not torch.cuda.is_available():
+            problems.append("--load_in_4bit and --load_in_8bit need a CUDA GPU; none is visible here")
+        elif not _installed("bitsandbytes"):
+            problems.append("--load_in_4bit and --load_in_8bit need the package bitsandbytes: pip install bitsandbytes")
+    return problems
+
+
+def _check_precision(values: dict[str, Any]) -> list[str]:
+    problems = []
+    if values["fp16"] and values["use_cpu"]:
+        problems.append("--fp16 needs a GPU: its loss scaling does not exist on a CPU")
+    if values["dataset_streaming"]:
+        problems.append("--dataset_streaming is not supported yet: rows are checked and counted before training")
+    if values["fp16"] and values["bf16"]:
+        problems.append("--fp16 and --bf16 exclude each other")
+    return problems
+
+
+def _installed(package: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(package) is not None
+
+
+@dataclasses.dataclass
+class Job:
+    """A checkpoint's name and tokenizer, ready for a TRL trainer."""
+
+    name: str  # as the user wrote it
+    path: str
+    tokenizer: PreTrainedTokenizerBase
+
+
+def prepare(config: Config, model_args: ModelConfig, training_args: Any) -> Job:
+    """Quieten the libraries, seed every generator, find the checkpoint and read its tokenizer.
+
+    Seeding comes before the trainer is built, because that is where LoRA draws its initial weights.
+    """
+    _quieten()
+    set_seed(training_args.seed)
+    name = str(model_args.model_name_or_path)
+    path = loading.resolve_name(name)
+    tokenizer = loading.load_tokenizer(path, model_args.model_revision, training_args.trust_remote_code)
+    training_args.model_init_kwargs = loading.init_kwargs(model_args, training_args.model_init_kwargs)
+    return Job(name, path, tokenizer)
+
+
+def _quieten() -> None:
+    import datasets
+    import transformers
+
+    if not (sys.stderr.isatty() and distributed.is_main_process()):
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+    if not distributed.is_main_process():
+        transformers.utils.logging.set_verbosity_error()
+
+
+def require_chat_template(tokenizer: PreTrainedTokenizerBase, splits: Splits) -> None:
+    """Raises `UserError` when conversations meet a tokenizer that has no chat template."""
+    conversational = any(isinstance(splits.train[0].get(c), list) for c in ("messages", "prompt", "chosen"))
+    if conversational and not tokenizer.chat_template:
+        raise UserError(
+            f"{splits.source} holds conversations, but this checkpoint's tokenizer has no chat template. "
+            "Use an instruction-tuned checkpoint, give one with --chat_template_path (sft), or use plain-text columns"
+        )
+
+
+class RunCallback(TrainerCallback):
+    """Log rows to the run directory as they come, show progress, and stop at a loss that is not finite."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        from tqdm import tqdm
+
+        if distributed.is_main_process():
+            interactive = sys.stderr.isatty()
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=not interactive)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        row = {"step": state.global_step, **(logs or {})}
+        self.run.log(row)
+        self._show(row, state.max_steps)
+        for name in ("loss", "eval_loss"):
+            if name in row and not math.isfinite(row[name]):
+                raise Diverged(
+                    f"{name} is {row[name]} at step {state.global_step}: lower --learning_rate, add --warmup_steps, "
+                    "or check the data for extreme rows"
+                )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def _show(self, row: dict[str, Any], max_steps: int) -> None:
+        if self.bar is None or "train_runtime" in row:
+            return
+        shown = {n: f"{v:.4g}" for n, v in row.items() if n in self.SHOWN and isinstance(v, int | float)}
+        if not self.bar.disable:
+            self.bar.set_postfix(shown)
+            return
+        elapsed = self.bar.format_dict["elapsed"] if "elapsed" in self.bar.format_dict else 0.0
+        text = "  ".join(f"{name} {value}" for name, value in shown.items())
+        print(f"step {row['step']}/{max_steps}  {text}{_time_left(elapsed, row['step'], max_steps)}", flush=True)
+
+    SHOWN = (
+        "loss",
+        "eval_loss",
+        "learning_rate",
+        "mean_token_accuracy",
+        "eval_mean_token_accuracy",
+        "rewards/accuracies",
+        "rewards/margins",
+        "eval_rewards/accuracies",
+        "eval_rewards/margins",
+    )
+
+
+def _time_left(elapsed: float, step: int, max_steps: int) -> str:
+    if not step or not elapsed:
+        return ""
+    seconds = round(elapsed / step * (max_steps - step))
+    return f"  {seconds // 60}:{seconds % 60:02d} left"
+
+
+def attach(trainer: Trainer, run: RunDirectory) -> None:
+    """Replace the trainer's own printing by ours."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(RunCallback(run))
+
+
+def train(trainer: Trainer, run: RunDirectory, resume: str | None) -> None:
+    """Train, from a checkpoint when one is named, and save what came out of it."""
+    checkpoint = _checkpoint(run.path, resume) if resume else None
+    run.summary["resumed_from"] = checkpoint
+    trainer.train(resume_from_checkpoint=checkpoint)
+    save(trainer, run)
+
+
+def _checkpoint(path: Path, resume: str) -> str:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    if resume.lower() not in ("last", "true"):
+        return resume
+    checkpoint = get_last_checkpoint(str(path))
+    if checkpoint is None:
+        raise UserError(f"--resume_from_checkpoint {resume}: there is no checkpoint in {path}")
+    return checkpoint
+
+
+def save(trainer: Trainer, run: RunDirectory) -> None:
+    """Save model or adapter, tokenizer and generation config, and a model card, in the run directory."""
+    trainer.save_model(str(run.path))
+    if distributed.is_main_process():
+        # A pickle of the options; resolved_config.yaml says the same in text that is safe to open.
+        (run.path / "training_args.bin").unlink(missing_ok=True)
+        trainer.create_model_card(model_name=run.path.name)
+
+
+def append_to_model_card(run: RunDirectory, job: Job, splits: Splits) -> None:
+    """Add to the model card what this run measured."""
+    card = run.path / "README.md"
+    if not distributed.is_main_process():
+        return
+    block = run.summary["eval"]
+    rows = "\n".join(
+        f"| {name} | {block['before'][name]:.4f} | {block['after'][name]:.4f} | {block['n'][name]} |"
+        for name in block["after"]
+    )
+    text = (
+        f"\n## What this run measured\n\nModule `{run.module.name}` of LLM-Core, base model `{job.name}`, dataset "
+        f"`{splits.source}` ({splits.format}), {len(splits.train)} training rows, seed {run.config.values['seed']}. "
+        "The values below are from held-out rows, before and after training; `summary.json` has intervals and "
+        f"checks.\n\n| metric | before | after | rows |\n|---|---|---|---|\n{rows}\n"
+    )
+    run.write("README.md", card.read_text(encoding="utf-8") + text)
+
+
+def describe_model(trainer: Trainer, job: Job) -> dict[str, Any]:
+    """The `model` block of a summary."""
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    tokenizer = job.tokenizer
+    return {
+        "name_or_path": job.name,
+        "n_params": sum(p.numel() for p in model.parameters()),
+        "n_trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "peft": type(model.active_peft_config).__name__ if hasattr(model, "active_peft_config") else None,
+        "pad_token": tokenizer.pad_token,
+        "eos_token": tokenizer.eos_token,
+        "pad_is_eos": tokenizer.pad_token_id == tokenizer.eos_token_id,
+    }
+
+
+def token_shares(rows: list[evaluation.Encoded], max_length: int | None) -> dict[str, float | None]:
+    """Share of rows cut off at `max_length`, and share of the remaining tokens that carry loss."""
+    if not rows:
+        return {"truncated_fraction": None, "trained_token_fraction": None}
+    kept = [row.truncate(max_length) for row in rows]
+    n_tokens = sum(len(row.ids) for row in kept)
+    return {
+        "truncated_fraction": sum(len(a.ids) < len(b.ids) for a, b in zip(kept, rows, strict=True)) / len(rows),
+        "trained_token_fraction": sum(row.n_completion for row in kept) / n_tokens,
+    }
+
+
+def show_text(text: evaluation.Text) -> str:
+    """A prompt as the summary shows it: plain text, or the turns one under the other."""
+    if isinstance(text, str):
+        return text
+    if len(text) == 1:
+        return str(text[0]["content"])
+    return "\n".join(f"{message['role']}: {message.get('content')}" for message in text)
+
+
+def samples(prompts: list, references: list[str], before: evaluation.Answers, after: evaluation.Answers) -> list[dict]:
+    """The first few prompts with the answers before and after."""
+    rows = zip(prompts, references, before.texts, after.texts, strict=True)
+    return [
+        {"prompt": show_text(prompt), "reference": reference, "before": first, "after": last}
+        for prompt, reference, first, last in list(rows)[:N_SAMPLES]
+    ]
+
+
+def prompt_limit(trainer: Trainer, max_length: int | None, max_new_tokens: int) -> float:
+    """The longest prompt, in tokens, that the model can be asked and still has room to answer."""
+    model: Any = trainer.model
+    context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    return min(max_length or math.inf, context - max_new_tokens)

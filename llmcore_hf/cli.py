@@ -1,0 +1,112 @@
+"""The command line: argv -> module -> checked config -> run -> exit code.
+
+Exit codes: 0 the run did what it says; 1 it failed, or a check did; 2 the options are wrong; 130 interrupted.
+Nothing heavy is imported before it is needed: `--list`, `--help` and a wrong module name never load torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from llmcore_hf import __version__, registry
+from llmcore_hf.distributed import is_main_process
+from llmcore_hf.errors import ConfigError, UserError
+
+USAGE = """\
+usage: {prog} --module NAME --toy                 run a lesson's offline recipe
+       {prog} --module NAME [--config FILE] [options]   train on your own model and data
+       {prog} --module NAME --help                the options of a module, with defaults
+       {prog} --list                              all modules
+       {prog} env                                 versions and hardware, for a bug report
+
+Values come in layers: defaults < recipes/NAME/toy.yaml (with --toy) < --config FILE < command line.
+A run leaves its evidence in output/NAME/<run_id>/, and output/NAME/latest points to the newest.
+Several processes: accelerate launch --config_file accelerate_configs/cpu_2.yaml run.py --module NAME --toy
+"""
+
+
+def entry_point() -> None:
+    """The console script `llmcore`, `run.py` and `python -m llmcore_hf`."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: list[str]) -> int:
+    """Run one command and return the exit code; errors a user can mend are printed without a traceback."""
+    try:
+        return _dispatch(argv)
+    except UserError as error:
+        _print_error(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        _print_error("interrupted")
+        return 130
+
+
+def _dispatch(argv: list[str]) -> int:
+    if argv == ["env"]:
+        from llmcore_hf.environment import print_report
+
+        print_report()
+        return 0
+    if "--version" in argv:
+        print(f"llmcore_hf {__version__}")
+        return 0
+    if "--list" in argv:
+        if len(argv) > 1:
+            raise ConfigError(["--list stands alone"])
+        _print_list()
+        return 0
+    wants_help = "--help" in argv or "-h" in argv
+    if not argv or (wants_help and not any(a.partition("=")[0] in ("--module", "--config") for a in argv)):
+        print(USAGE.format(prog=_prog()))
+        return 0 if wants_help else 2
+    return _module_command([a for a in argv if a not in ("--help", "-h")], wants_help)
+
+
+def _module_command(argv: list[str], wants_help: bool) -> int:
+    from llmcore_hf import config
+
+    request = config.read_request(argv)
+    if request.module is None:
+        raise ConfigError(["no --module was given; --list shows them"])
+    module = registry.get(request.module)
+    _quiet_defaults()
+    if wants_help:
+        from llmcore_hf.help import print_module_help
+
+        print_module_help(module)
+        return 0
+    resolved = config.resolve(module, request)
+    from llmcore_hf.run_dir import execute
+
+    return execute(module, resolved, argv)
+
+
+def _quiet_defaults() -> None:
+    """Nothing is reported to anyone unless the user exports these variables with another value."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _print_list() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="LLM-Core modules")
+    for column in ("day", "level", "module", "title", "标题", "needs"):
+        table.add_column(column, no_wrap=column in ("module", "day", "level"))
+    for m in sorted(registry.MODULES, key=lambda m: (m.day, m.name)):
+        needs = f"pip install 'llmcore-hf[{m.extra}]'" if m.extra else ""
+        table.add_row(str(m.day), str(m.level), m.name, m.title_en, m.title_zh, needs)
+    Console().print(table)
+
+
+def _prog() -> str:
+    name = os.path.basename(sys.argv[0])
+    return {"run.py": "python run.py", "__main__.py": "python -m llmcore_hf"}.get(name, name)
+
+
+def _print_error(message: str) -> None:
+    if is_main_process():
+        print(f"{_prog()}: {message}", file=sys.stderr)

@@ -1,0 +1,373 @@
+"""From options to checked dataclasses.
+
+Values come in layers, each overriding the ones before:
+
+    dataclass defaults < house defaults < recipes/<module>/toy.yaml < --config file < command line
+
+`TrlParser` knows the fields and how to read a value; this layer adds what it leaves out: every problem is
+collected and reported at once, with a suggestion, before a model or a dataset loads. Unknown keys, wrong types,
+duplicate keys, prefixes and an `env:` block are refused, in YAML and on the command line alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from llmcore_hf import resources
+from llmcore_hf.errors import ConfigError, UserError
+from llmcore_hf.registry import Module
+
+T = TypeVar("T")
+
+# Names people know from older releases or from other libraries.
+RENAMED = {
+    "batch_size": "per_device_train_batch_size",
+    "dataset": "dataset_name",
+    "epochs": "num_train_epochs",
+    "evaluation_strategy": "eval_strategy",
+    "load_4bit": "load_in_4bit",
+    "lora_rank": "lora_r",
+    "lr": "learning_rate",
+    "max_seq_length": "max_length",
+    "model": "model_name_or_path",
+    "model_name": "model_name_or_path",
+    "torch_dtype": "dtype",
+    "tokenizer": "processing_class",
+}
+# Where a run writes and what it resumes is decided anew each time, so `resolved_config.yaml` leaves it out.
+NOT_REPEATED = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")
+SECRETS = ("hub_token",)
+COMMAND_LINE, DEFAULTS, HOUSE = "command line", "defaults", "defaults for this machine"
+
+
+@dataclass
+class RunArguments:
+    """Options every module has."""
+
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Replace what an earlier run left in `--output_dir`. Only a run directory is ever deleted."},
+    )
+
+
+@dataclass
+class Request:
+    """What the command line asks for, apart from the module's own options."""
+
+    module: str | None = None
+    toy: bool = False
+    config: str | None = None
+    options: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Config:
+    """Merged options of one run, and where each value came from.
+
+    Attributes:
+        values: option name -> value, defaults included.
+        sources: option name -> the layer that set it (`COMMAND_LINE`, a file, `DEFAULTS`, ...).
+        parts: the dataclass instances, in the order of the module's `argument_classes()`.
+    """
+
+    module: str
+    toy: bool
+    values: dict[str, Any]
+    sources: dict[str, str]
+    parts: tuple[Any, ...]
+
+    def part(self, cls: type[T]) -> T:
+        """The dataclass instance of type `cls`."""
+        return next(part for part in self.parts if isinstance(part, cls))
+
+    def is_set(self, name: str) -> bool:
+        """Whether anything but a default decided the value of `name`."""
+        return self.sources[name] not in (DEFAULTS, HOUSE)
+
+    def to_yaml(self) -> str:
+        """The text of `resolved_config.yaml`: `--config` with this file repeats the run."""
+        import yaml
+
+        lines = [
+            "# Every option of this run. To repeat it in a new directory, pass this file to --config.",
+            yaml.safe_dump({"module": self.module, "toy": self.toy}, sort_keys=False).rstrip(),
+        ]
+        for source in sorted(set(self.sources.values()), key=[*self.sources.values()][::-1].index):
+            names = [n for n, s in self.sources.items() if s == source and n not in NOT_REPEATED + SECRETS]
+            if names:
+                section = {name: _plain(self.values[name]) for name in names}
+                lines += ["", f"# {source}", yaml.safe_dump(section, sort_keys=False, allow_unicode=True).rstrip()]
+        return "\n".join(lines) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, enum.Enum) else value
+
+
+def read_request(argv: list[str]) -> Request:
+    """Take `--module`, `--toy` and `--config` out of `argv`; the rest are options of the module.
+
+    A config file may name its module and `toy: true` itself, as `resolved_config.yaml` does.
+
+    Raises:
+        ConfigError: one of them lacks its value, or names a different module than the config file.
+    """
+    request, problems, tokens = Request(), [], list(argv)
+    while tokens:
+        token = tokens.pop(0)
+        name, has_value, value = token.partition("=")
+        if name == "--toy" and not has_value:
+            request.toy = True
+        elif name in ("--module", "--config"):
+            if not has_value and (not tokens or tokens[0].startswith("--")):
+                problems.append(f"{name} needs a value")
+            else:
+                setattr(request, name[2:], value if has_value else tokens.pop(0))
+        else:
+            request.options.append(token)
+    if request.config and not problems:
+        try:
+            document = read_yaml(Path(request.config))
+        except ConfigError as error:
+            problems += error.problems
+            document = {}
+        named = document.get("module")
+        if named and request.module and named != request.module:
+            problems.append(f"--module {request.module}, but {request.config} is a config for `{named}`")
+        request.module = request.module or (str(named) if named else None)
+        request.toy = request.toy or document.get("toy") is True
+    if problems:
+        raise ConfigError(problems)
+    return request
+
+
+def resolve(module: Module, request: Request) -> Config:
+    """Merge all layers for `module` and build its dataclasses.
+
+    Raises:
+        ConfigError: with every unknown option, wrong value and impossible combination that was found.
+    """
+    code = module.load()
+    options = Options(code.argument_classes())
+    problems: list[str] = []
+    layers: list[tuple[str, dict[str, Any]]] = []
+    if request.toy:
+        recipe = f"recipes/{module.name}/toy.yaml"
+        layers.append((recipe, options.from_yaml(resources.path(recipe), recipe, problems)))
+    if request.config:
+        layers.append((request.config, options.from_yaml(Path(request.config), request.config, problems)))
+    layers.append((COMMAND_LINE, options.from_command_line(request.options, problems)))
+
+    explicit = {name: value for _, layer in layers for name, value in layer.items()}
+    house = {name: value for name, value in code.house_defaults(explicit).items() if name not in explicit}
+    layers.insert(0, (HOUSE, house))
+
+    values, sources = dict(options.defaults), dict.fromkeys(options.defaults, DEFAULTS)
+    for source, layer in layers:
+        values |= layer
+        sources |= dict.fromkeys(layer, source)
+    config = Config(module.name, request.toy, values, sources, parts=())
+    problems += code.check(config)
+    config.parts = tuple(options.build({**house, **explicit}, problems))
+    if problems:
+        raise ConfigError(_unique(problems), f" of `{module.name}`")
+    return config
+
+
+def _unique(problems: list[str]) -> list[str]:
+    return list(dict.fromkeys(problems))
+
+
+class _RefuseToGuess(Exception):
+    """What argparse would print before leaving the process."""
+
+
+class Options:
+    """The fields of several dataclasses as one flat table of options."""
+
+    def __init__(self, classes: tuple[type, ...]) -> None:
+        self.classes = classes
+        self.hints = {name: hint for cls in classes for name, hint in get_type_hints(cls).items()}
+        self.fields = {f.name: f for cls in classes for f in dataclasses.fields(cls) if f.init}
+        self.defaults = {name: _default(f) for name, f in self.fields.items()}
+        self.parser = _make_parser(classes)
+
+    def from_command_line(self, tokens: list[str], problems: list[str]) -> dict[str, Any]:
+        """Values of the options in `tokens`; what is wrong with them is appended to `problems`."""
+        values: dict[str, Any] = {}
+        for chunk in _chunks(tokens):
+            flag = chunk[0].partition("=")[0]
+            name = flag.removeprefix("--").replace("-", "_")
+            positive = name.removeprefix("no_")
+            if not flag.startswith("--"):
+                problems.append(f"`{chunk[0]}` stands alone: options begin with `--`")
+            elif name not in self.fields and not (positive in self.fields and self.defaults[positive] is True):
+                problems.append(f"unknown option `{flag}`{self._suggestion(name, '--')}")
+            else:
+                self._read(name, positive if name not in self.fields else name, chunk, COMMAND_LINE, values, problems)
+        return values
+
+    def from_yaml(self, path: Path, shown: str, problems: list[str]) -> dict[str, Any]:
+        """Values of a YAML file of options; what is wrong with them is appended to `problems`."""
+        try:
+            document = read_yaml(path)
+        except ConfigError as error:
+            problems += error.problems
+            return {}
+        values: dict[str, Any] = {}
+        for name, value in document.items():
+            if name in ("module", "toy"):
+                continue
+            if name == "env":
+                problems.append(f"{shown}: an `env:` block is not accepted: set environment variables in the shell")
+            elif name not in self.fields:
+                problems.append(f"{shown}: unknown key `{name}`{self._suggestion(str(name))}")
+            elif value is None and type(None) not in get_args(self.hints[name]):
+                problems.append(f"{shown}: `{name}` may not be null")
+            elif value is None or (isinstance(value, dict) and "dict" in str(self.hints[name])):
+                values[name] = value
+            elif isinstance(value, dict):
+                problems.append(f"{shown}: `{name}` takes {self._takes(name)}, not a mapping")
+            else:
+                self._read(name, name, _as_tokens(name, value), shown, values, problems)
+        return values
+
+    def build(self, values: dict[str, Any], problems: list[str]) -> Iterator[Any]:
+        """Instances of the dataclasses; what a `__post_init__` refuses is appended to `problems`."""
+        for cls in self.classes:
+            names = {f.name for f in dataclasses.fields(cls)}
+            try:
+                yield cls(**{name: value for name, value in values.items() if name in names})
+            except (ValueError, TypeError, ImportError, RuntimeError, NotImplementedError) as error:
+                problems.append(" ".join(str(error).split()))
+
+    def _read(
+        self, name: str, dest: str, tokens: list[str], source: str, values: dict[str, Any], problems: list[str]
+    ) -> None:
+        """Let the parser read one option, given as the tokens `--name value ...`."""
+        where = "" if source == COMMAND_LINE else f"{source}: "
+        try:
+            namespace, extra = self.parser.parse_known_args(tokens)
+        except _RefuseToGuess as error:
+            message = re.sub(r"^argument [^:]*: ", "", str(error))
+            problems.append(f"{where}`{name}`: {message}{self._nearest_choice(dest, tokens)}")
+            return
+        if extra:
+            problems.append(f"{where}`{name}` takes {self._takes(dest)}; left over: {' '.join(extra)}")
+            return
+        values[dest] = getattr(namespace, dest)
+
+    def _takes(self, name: str) -> str:
+        kind = str(self.hints[name])
+        return "a list" if "list" in kind else f"one value ({type_name(self.hints[name])})"
+
+    def _suggestion(self, name: str, prefix: str = "") -> str:
+        near = RENAMED.get(name)
+        if near is None or near not in self.fields:
+            near = next(iter(difflib.get_close_matches(name, self.fields, n=1, cutoff=0.6)), None)
+        return f" (did you mean `{prefix}{near}`?)" if near else " (--help lists all options)"
+
+    def _nearest_choice(self, name: str, tokens: list[str]) -> str:
+        choices = [str(choice) for choice in choices_of(self.fields[name], self.hints[name])]
+        given = tokens[0].partition("=")[2] or (tokens[1] if len(tokens) > 1 else "")
+        near = difflib.get_close_matches(given, choices, n=1)
+        return f" (did you mean `{near[0]}`?)" if near else ""
+
+
+def _make_parser(classes: tuple[type, ...]) -> Any:
+    from trl import TrlParser
+
+    class Parser(TrlParser):
+        def error(self, message: str) -> Any:
+            raise _RefuseToGuess(message)
+
+    return Parser(classes, allow_abbrev=False, add_help=False)
+
+
+def _default(f: dataclasses.Field) -> Any:
+    return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+
+
+def choices_of(f: dataclasses.Field, hint: Any) -> list[Any]:
+    """The values an option is limited to; empty when it is not."""
+    if f.metadata.get("choices"):
+        return list(f.metadata["choices"])
+    return [member.value for arg in get_args(hint) if isinstance(arg, enum.EnumMeta) for member in arg]
+
+
+def type_name(hint: Any) -> str:
+    """A type as the help shows it: `float | None` -> `float`."""
+    if isinstance(hint, enum.EnumMeta):
+        return "str"
+    if isinstance(hint, type) and not get_args(hint):
+        return hint.__name__
+    names = dict.fromkeys(type_name(arg) for arg in get_args(hint) if arg is not type(None))
+    return "list" if "list" in str(hint) else " or ".join(names)
+
+
+def _chunks(tokens: list[str]) -> Iterator[list[str]]:
+    """Group `--name value value --other ...` by option."""
+    chunk: list[str] = []
+    for token in tokens:
+        if token.startswith("--") and chunk:
+            yield chunk
+            chunk = []
+        chunk.append(token)
+    if chunk:
+        yield chunk
+
+
+def _as_tokens(name: str, value: Any) -> list[str]:
+    """A YAML value as it would stand on the command line."""
+    if isinstance(value, list):
+        return [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in value)]
+    return [f"--{name}={value}"]
+
+
+def read_yaml(path: Path) -> dict[Any, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: the file is missing, broken, not a mapping, or has a key twice.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def no_duplicates(loader: Any, node: Any) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = loader.construct_object(key_node)
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise ConfigError([f"{path}: key `{key}` stands twice (again in line {line})"])
+            seen.add(key)
+        return loader.construct_mapping(node, deep=True)
+
+    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, no_duplicates)
+    try:
+        with open(path, encoding="utf-8") as file:
+            document = yaml.load(file, Loader)  # a SafeLoader: builds plain data only
+    except FileNotFoundError:
+        raise ConfigError([f"there is no config file {path}"]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path} cannot be read: {error}"]) from None
+    except yaml.YAMLError as error:
+        raise ConfigError([f"{path} is not valid YAML: {' '.join(str(error).split())}"]) from None
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise ConfigError([f"{path} must be a mapping of options (`key: value`), not a {type(document).__name__}"])
+    return document
+
+
+__all__ = ["Config", "ConfigError", "Options", "Request", "RunArguments", "UserError", "read_request", "resolve"]

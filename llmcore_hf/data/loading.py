@@ -1,0 +1,181 @@
+"""Load a dataset, find out its format, convert it to TRL's columns, and set rows aside for evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl import ScriptArguments
+
+from llmcore_hf.data import formats
+from llmcore_hf.data.toy import TOY_DATASETS
+from llmcore_hf.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+EXAMPLES = {"sft": "messages, prompt/completion, alpaca or text", "preference": "prompt/chosen/rejected"}
+
+
+@dataclass
+class DataArguments(ScriptArguments):
+    """Where the data come from and how much of them is used."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "A hub id, a folder, a file (.json, .jsonl, .csv, .parquet, .arrow), or a built-in toy dataset: "
+            + ", ".join(TOY_DATASETS)
+            + "."
+        },
+    )
+    test_split_size: float = field(
+        default=0.1,
+        metadata={"help": "Share of the training rows set aside for evaluation when there is no test split."},
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first N rows only."})
+    max_eval_samples: int | None = field(
+        default=500, metadata={"help": "Evaluate on the first N held-out rows only; `none` for all."}
+    )
+    max_generation_samples: int = field(
+        default=64, metadata={"help": "Answer the first N held-out prompts, before and after training."}
+    )
+    max_new_tokens: int = field(default=128, metadata={"help": "Length limit of those answers, in tokens."})
+
+
+@dataclass
+class Splits:
+    """A dataset ready for TRL, and what the summary says about it.
+
+    `validation` is what the curves show during training; `test` is looked at before and after, never in between.
+    They are the same rows when the dataset offers only one held-out split.
+    """
+
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+    source: str
+    format: str
+    fingerprint: str
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "source": self.source,
+            "format": self.format,
+            "n_train": len(self.train),
+            "n_eval": len(self.test),
+            "n_dropped": 0,
+            "fingerprint": self.fingerprint,
+        }
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a dataset or model name can only mean a place on disk, not a hub id."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in BUILDERS
+
+
+def load(args: DataArguments, task: str, seed: int, num_proc: int | None = None) -> Splits:
+    """Load the dataset that `args` names for a `task` (`sft` or `preference`).
+
+    Raises:
+        UserError: it cannot be read, has another format than the task needs, or a row is unusable.
+    """
+    name = str(args.dataset_name)
+    raw = _read(name, args.dataset_config)
+    splits = _choose_splits(raw, args, seed)
+    fmt = formats.detect(splits["train"].column_names, splits["train"][0], name)
+    if fmt.task != task:
+        other = {"preference": "dpo", "sft": "sft"}[fmt.task]
+        raise UserError(
+            f"{name} is in {fmt.name} format, which is data for --module {other}; "
+            f"this module needs {EXAMPLES[task]} columns"
+        )
+    limits = {"train": args.max_train_samples, "validation": args.max_eval_samples, "test": args.max_eval_samples}
+    chosen = {split: rows.select(range(min(limits[split] or len(rows), len(rows)))) for split, rows in splits.items()}
+    converted = {split: _convert(rows, fmt, f"{name} ({split})", num_proc) for split, rows in chosen.items()}
+    return Splits(**converted, source=name, format=fmt.name, fingerprint=fingerprint(chosen["train"]))
+
+
+def _read(name: str, config_name: str | None) -> DatasetDict:
+    from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+    if name in TOY_DATASETS:
+        return TOY_DATASETS[name]()
+    path = Path(name).expanduser()
+    try:
+        if path.is_file():
+            if path.stat().st_size == 0:
+                raise UserError(f"{name} is empty")
+            if path.suffix not in BUILDERS:
+                raise UserError(f"{name}: files of type `{path.suffix}` are not read; use {', '.join(BUILDERS)}")
+            loaded = load_dataset(BUILDERS[path.suffix], data_files=str(path))
+        elif path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
+            loaded = load_from_disk(str(path))
+        elif path.is_dir() or not looks_like_path(name):
+            loaded = load_dataset(str(path) if path.is_dir() else name, name=config_name)
+        else:
+            raise UserError(f"there is no dataset file or folder {name}")
+    except UserError:
+        raise
+    except Exception as error:  # each builder raises its own kinds; the innermost cause says what is wrong
+        raise UserError(f"the dataset {name} cannot be loaded: {_innermost(error)}") from error
+    return DatasetDict({"train": loaded}) if isinstance(loaded, Dataset) else loaded
+
+
+def _innermost(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _choose_splits(raw: DatasetDict, args: DataArguments, seed: int) -> dict[str, Dataset]:
+    """Name the train, validation and test rows; rows set aside are taken from the training split."""
+    if args.dataset_train_split not in raw:
+        raise UserError(
+            f"{args.dataset_name} has no split `{args.dataset_train_split}`, only {', '.join(raw)}: "
+            f"choose one with --dataset_train_split"
+        )
+    train = raw[args.dataset_train_split]
+    if args.dataset_test_split in raw:
+        test = raw[args.dataset_test_split]
+    else:
+        if len(train) < 2:
+            raise UserError(f"{args.dataset_name} has {len(train)} row(s): at least two are needed, one to hold out")
+        n_test = min(max(1, round(args.test_split_size * len(train))), len(train) - 1)
+        parts = train.train_test_split(test_size=n_test, seed=seed)
+        train, test = parts["train"], parts["test"]
+    validation = raw["validation"] if "validation" in raw else test
+    if min(len(train), len(test), len(validation)) == 0:
+        raise UserError(f"{args.dataset_name} has an empty split")
+    return {"train": train, "validation": validation, "test": test}
+
+
+def _convert(rows: Dataset, fmt: formats.Format, where: str, num_proc: int | None) -> Dataset:
+    def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
+        try:
+            return fmt.convert(row)
+        except formats.FieldError as error:
+            raise UserError(f"{where}: row {index}: {error}") from None
+
+    # `datasets` keys its cache by the name of an imported function, not by its code: a cached result could be stale.
+    return rows.map(
+        convert,
+        with_indices=True,
+        remove_columns=rows.column_names,
+        num_proc=num_proc,
+        load_from_cache_file=False,
+        desc=f"Converting {where}",
+    )
+
+
+def fingerprint(rows: Dataset) -> str:
+    """A hash of the content: the same rows give the same fingerprint, wherever they were loaded from."""
+    import json
+
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str, ensure_ascii=False).encode())
+    return digest.hexdigest()[:16]

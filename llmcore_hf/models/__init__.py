@@ -1,0 +1,1 @@
+"""Models: tiny checkpoints made on this machine, local folders and hub ids, LoRA."""

@@ -1,0 +1,52 @@
+"""Where a model name leads: a tiny checkpoint, a local folder, a hub id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmcore_hf.errors import UserError
+from llmcore_hf.models import tiny
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from trl import ModelConfig
+
+
+def resolve_name(name: str) -> str:
+    """The path or hub id behind `name`; a tiny checkpoint is made first when it is not in the cache."""
+    return str(tiny.ensure(name)) if name in tiny.TINY_MODELS else str(Path(name).expanduser() if is_local(name) else name)
+
+
+def is_local(name: str) -> bool:
+    return Path(name).expanduser().is_dir()
+
+
+def init_kwargs(model_args: ModelConfig, extra: dict[str, Any] | None) -> dict[str, Any]:
+    """Keyword arguments for `from_pretrained`, from TRL's `ModelConfig` and `--model_init_kwargs`."""
+    return {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(extra or {}),
+    }
+
+
+def load_tokenizer(name: str, revision: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint, after its config has been read: the cheap part fails first.
+
+    Raises:
+        UserError: there is no such checkpoint, it cannot be reached, or it is of an unknown kind.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        AutoConfig.from_pretrained(name, **options)
+        return AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"the model `{name}` cannot be loaded. It is none of the tiny checkpoints "
+            f"({', '.join(tiny.TINY_MODELS)}), so it must be a local folder or a hub id that can be reached: {reason}"
+        ) from error

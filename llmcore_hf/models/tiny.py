@@ -1,0 +1,263 @@
+"""Tiny checkpoints, made on this machine: real `transformers` classes, about 100 thousand parameters.
+
+A checkpoint is made once, deterministically, and kept in `~/.cache/llmcore_hf` (or `$LLMCORE_HF_CACHE`).
+`manifest.json` holds the SHA-256 of every file; a checkpoint whose files do not match is made again.
+
+Random initialisation (`tiny-qwen`, `tiny-qwen2`, `tiny-gpt2`) is where the SFT lesson starts. The `-base`
+variants are warm-started: a short training on the toy corpus with answers in either order, so that the
+model can sort but prefers neither order. The preference and RL lessons start from them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmcore_hf.data import toy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+PAD, USER_START, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+VOCAB_SIZE = 320  # 256 bytes, 3 special tokens, the rest merges
+CONTEXT = 2048
+
+# ChatML. The markers tell `assistant_only_loss` what the assistant wrote, its end-of-turn token included.
+CHAT_TEMPLATE = (
+    "{%- for message in messages %}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' }}"
+    "{%- if message['role'] == 'assistant' %}"
+    "{%- generation %}{{- (message['content'] or '') + '<|im_end|>' }}{%- endgeneration %}"
+    "{%- else %}{{- message['content'] + '<|im_end|>' }}{%- endif %}"
+    "{{- '\\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """How to make one tiny checkpoint. Any change here changes the cache key."""
+
+    architecture: str  # a key of `_CONFIGS`
+    warm_start_steps: int = 0
+    batch_size: int = 64
+    learning_rate: float = 4e-3
+    seed: int = 0
+
+
+TINY_MODELS = {
+    "tiny-qwen": TinyModel("qwen3"),
+    "tiny-qwen2": TinyModel("qwen2"),
+    "tiny-gpt2": TinyModel("gpt2"),
+    "tiny-qwen-base": TinyModel("qwen3", warm_start_steps=500),
+    "tiny-qwen2-base": TinyModel("qwen2", warm_start_steps=500),
+    "tiny-gpt2-base": TinyModel("gpt2", warm_start_steps=500),
+}
+
+
+def cache_dir() -> Path:
+    """`$LLMCORE_HF_CACHE`, else `~/.cache/llmcore_hf`."""
+    return Path(os.environ.get("LLMCORE_HF_CACHE") or Path.home() / ".cache" / "llmcore_hf").expanduser()
+
+
+def ensure(name: str) -> Path:
+    """Folder of the tiny checkpoint `name`, made first when it is missing or damaged.
+
+    Safe against a kill (the folder appears by one rename) and against two processes at once (a file lock).
+
+    Raises:
+        KeyError: `name` is not in `TINY_MODELS`.
+    """
+    from filelock import FileLock
+
+    spec = TINY_MODELS[name]
+    folder = cache_dir() / "models" / f"{name}-{_fingerprint(spec)}"
+    if _is_intact(folder):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if _is_intact(folder):  # another process made it while this one waited
+            return folder
+        if folder.exists():
+            print(f"The cached checkpoint {folder} is damaged; making it again.", file=sys.stderr)
+            shutil.rmtree(folder)
+        _make(name, spec, folder)
+    return folder
+
+
+def _fingerprint(spec: TinyModel) -> str:
+    """Everything that decides the bytes of the checkpoint: recipe, corpus, library versions."""
+    from importlib.metadata import version
+
+    parts = {
+        "spec": asdict(spec),
+        "template": CHAT_TEMPLATE,
+        "vocab": VOCAB_SIZE,
+        "toy": [toy.N_DIGITS, toy.DATA_SEED, toy.PROMPTS, toy.SPLIT_FRACTIONS],
+        "versions": [version(p).split("+")[0] for p in ("torch", "transformers", "tokenizers")],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _make(name: str, spec: TinyModel, folder: Path) -> None:
+    """Build the checkpoint in a temporary folder beside its final place, then rename it into place."""
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:
+        build = Path(scratch) / "checkpoint"
+        tokenizer = make_tokenizer()
+        model = make_model(spec.architecture, tokenizer, spec.seed)
+        if spec.warm_start_steps:
+            _warm_start(name, spec, model, tokenizer)
+        model.save_pretrained(build)
+        tokenizer.save_pretrained(build)
+        (build / "manifest.json").write_text(json.dumps(_digests(build), indent=1))
+        os.replace(build, folder)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+        if path.name != "manifest.json"
+    }
+
+
+def _is_intact(folder: Path) -> bool:
+    try:
+        return json.loads((folder / "manifest.json").read_text()) == _digests(folder)
+    except (OSError, ValueError):
+        return False
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer, trained here; any text round-trips because every byte is a token.
+
+    Digits are never merged: the task works on single digits. Pad and end-of-turn are different tokens, so
+    masking the padding never masks the end of a turn.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[PAD, USER_START, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(toy.tokenizer_corpus(), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        additional_special_tokens=[USER_START],
+        padding_side="left",
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_model(architecture: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
+    """A randomly initialised causal language model: width 64, 2 layers, 4 heads, tied embeddings."""
+    import torch
+    from transformers import (
+        AutoModelForCausalLM,
+        GenerationConfig,
+        GPT2Config,
+        PretrainedConfig,
+        Qwen2Config,
+        Qwen3Config,
+    )
+
+    special = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config: PretrainedConfig
+    if architecture == "gpt2":
+        dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        config = GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=CONTEXT, **dropout, **special)
+    else:
+        qwen = {
+            "hidden_size": 64,
+            "intermediate_size": 192,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": CONTEXT,
+            "tie_word_embeddings": True,
+        }
+        if architecture == "qwen2":
+            config = Qwen2Config(**qwen, **special)
+        else:
+            config = Qwen3Config(head_dim=16, **qwen, **special)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    return model
+
+
+def _warm_start(name: str, spec: TinyModel, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Next-token training on the undecided corpus; the loss covers the answer only.
+
+    A plain loop and not a trainer: it must run the same in one rank of a distributed job.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+    from tqdm import tqdm
+
+    pairs = toy.undecided_corpus(spec.batch_size * 100)
+    input_ids, labels = _encode(pairs, tokenizer)
+    generator = torch.Generator().manual_seed(spec.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=spec.learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, spec.warm_start_steps)
+    model.train()
+    label = f"Making {name} (once, cached)"
+    for _ in tqdm(range(spec.warm_start_steps), desc=label, disable=not sys.stderr.isatty()):
+        rows = torch.randint(len(pairs), (spec.batch_size,), generator=generator)
+        ids = input_ids[rows]  # (B, T)
+        logits = model(ids, attention_mask=ids.ne(tokenizer.pad_token_id)).logits[:, :-1]  # (B, T-1, V)
+        loss = cross_entropy(logits.flatten(0, 1), labels[rows][:, 1:].flatten(), ignore_index=-100)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    model.eval()
+
+
+def _encode(pairs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast):
+    """Left-padded token ids and labels of the pairs, both `(N, T)`; prompt and padding are -100 in labels."""
+    import torch
+
+    rows = []
+    for prompt, answer in pairs:
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        full = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+        start = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=True)
+        rows.append((full, len(start["input_ids"])))
+    width = max(len(full) for full, _ in rows)
+    input_ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+    labels = torch.full((len(rows), width), -100)
+    for i, (full, n_prompt) in enumerate(rows):
+        ids = torch.tensor(full)
+        input_ids[i, width - len(full) :] = ids
+        labels[i, width - len(full) + n_prompt :] = ids[n_prompt:]
+    return input_ids, labels

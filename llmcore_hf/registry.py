@@ -1,0 +1,51 @@
+"""The table of modules: one row each. `--list`, the roadmap and the parametrised tests read it."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+
+from llmcore_hf.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Module:
+    """One lesson and training job.
+
+    The code behind `code` offers three functions: `argument_classes()` gives the dataclasses of its options,
+    `check(values)` names impossible combinations, `run(config, run_dir)` does the work.
+    """
+
+    name: str
+    day: int
+    level: int
+    title_zh: str
+    title_en: str
+    code: str
+    extra: str | None = None  # the optional dependency group it needs
+
+    def load(self) -> ModuleType:
+        return import_module(self.code)
+
+
+MODULES = (
+    Module("sft", 5, 3, "SFT 入门：监督微调", "Supervised fine-tuning", "llmcore_hf.alignment.sft"),
+    Module("dpo", 6, 3, "DPO 对齐：直接偏好优化", "Direct preference optimization", "llmcore_hf.alignment.dpo"),
+)
+
+
+def get(name: str) -> Module:
+    """The row called `name`.
+
+    Raises:
+        ConfigError: there is no such module; the message suggests the nearest name.
+    """
+    for module in MODULES:
+        if module.name == name:
+            return module
+    names = [module.name for module in MODULES]
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f" Did you mean `{close[0]}`?" if close else ""
+    raise ConfigError([f"there is no module `{name}`.{hint} `--list` shows: {', '.join(names)}"])
