@@ -10,7 +10,7 @@ import os
 import sys
 
 from llmcore_hf import __version__, registry
-from llmcore_hf.distributed import is_main_process
+from llmcore_hf.distributed import check_launch, is_main_process
 from llmcore_hf.errors import ConfigError, UserError
 
 USAGE = """\
@@ -77,6 +77,7 @@ def _module_command(argv: list[str], wants_help: bool) -> int:
 
         print_module_help(module)
         return 0
+    check_launch()
     resolved = config.resolve(module, request)
     from llmcore_hf.run_dir import execute
 

@@ -100,7 +100,8 @@ class Config:
             "# Every option of this run. To repeat it in a new directory, pass this file to --config.",
             yaml.safe_dump({"module": self.module, "toy": self.toy}, sort_keys=False).rstrip(),
         ]
-        for source in sorted(set(self.sources.values()), key=[*self.sources.values()][::-1].index):
+        files = [source for source in self.sources.values() if source not in (COMMAND_LINE, HOUSE, DEFAULTS)]
+        for source in dict.fromkeys([COMMAND_LINE, *files, HOUSE, DEFAULTS]):
             names = [n for n, s in self.sources.items() if s == source and n not in NOT_REPEATED + SECRETS]
             if names:
                 section = {name: _plain(self.values[name]) for name in names}

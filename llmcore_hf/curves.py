@@ -78,9 +78,9 @@ def _draw_bars(axis: Any, bars: dict[str, tuple[float, float]]) -> None:
     names = list(bars)
     for i, name in enumerate(names):
         before, after = bars[name]
-        axis.barh(i + 0.19, before, 0.36, color="#c7c7c7", label="before" if i == 0 else None)
-        axis.barh(i - 0.19, after, 0.36, color="#2ca02c", label="after" if i == 0 else None)
-        for offset, value in ((0.19, before), (-0.19, after)):
+        axis.barh(i - 0.19, before, 0.36, color="#c7c7c7", label="before" if i == 0 else None)
+        axis.barh(i + 0.19, after, 0.36, color="#2ca02c", label="after" if i == 0 else None)
+        for offset, value in ((-0.19, before), (0.19, after)):
             axis.text(value + 0.015, i + offset, f"{value:.2f}", va="center", fontsize=9)
     axis.set_yticks(range(len(names)), names)
     axis.set_xlim(0, 1.15)

@@ -29,6 +29,21 @@ def broadcast(value: T) -> T:
     return box[0]
 
 
+def check_world_size() -> None:
+    """Refuse to go on when the process group is not as large as the launcher promised.
+
+    Raises:
+        ConfigError: it is not; each process would train alone.
+    """
+    if world_size() == 1:
+        return
+    from accelerate import PartialState
+
+    found = PartialState().num_processes
+    if found != world_size():
+        raise ConfigError([f"the launcher started {world_size()} processes, but the process group has {found}"])
+
+
 def check_launch() -> None:
     """Refuse a launch that asked for several processes and got one.
 

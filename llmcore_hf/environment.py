@@ -50,10 +50,12 @@ def git_commit() -> str | None:
         return None
 
 
-def device_name() -> str:
+def device_name(use_cpu: bool = False) -> str:
     """What torch computes on: `cpu`, or the name of the accelerator."""
     import torch
 
+    if use_cpu:
+        return "cpu"
     if torch.cuda.is_available():
         return f"cuda ({torch.cuda.get_device_name(0)})"
     return "mps" if torch.backends.mps.is_available() else "cpu"
@@ -68,12 +70,12 @@ def distributed_kind() -> str:
     return "ddp" if distributed.world_size() > 1 else "none"
 
 
-def describe(dtype: str) -> dict[str, Any]:
+def describe(dtype: str, use_cpu: bool) -> dict[str, Any]:
     """The `env` block of a summary."""
     return {
         "versions": versions(),
         "platform": platform.platform(),
-        "device": device_name(),
+        "device": device_name(use_cpu),
         "dtype": dtype,
         "world_size": distributed.world_size(),
         "distributed": distributed_kind(),

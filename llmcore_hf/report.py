@@ -15,7 +15,7 @@ def print_report(path: Path, status: str, error: str | None) -> None:
     from rich.markup import escape
 
     summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
     if summary["eval"]:
         console.print(_results(summary["eval"]))
     for check in summary["checks"]:
@@ -32,9 +32,9 @@ def print_report(path: Path, status: str, error: str | None) -> None:
 def _results(evaluation: dict[str, Any]) -> Any:
     from rich.table import Table
 
-    table = Table(title="Held-out rows", title_justify="left")
+    table = Table(title="Held-out rows", title_justify="left", box=None)
     for column in ("metric", "before", "after", "change", "95 % interval", "rows"):
-        table.add_column(column, justify="left" if column == "metric" else "right")
+        table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=True)
     for name, after in evaluation["after"].items():
         interval = evaluation["ci95"].get(name)
         table.add_row(

@@ -105,7 +105,7 @@ class RunDirectory:
             "wall_seconds": round(_seconds_since_start(), 3),
             "peak_rss_mb": round(_peak_rss_mb(), 1),
             "resumed_from": None,
-            "env": environment.describe(_dtype(self.config.values)),
+            "env": environment.describe(_dtype(self.config.values), bool(self.config.values.get("use_cpu"))),
             **unknown,
             "metrics": summarize(self.history),
             "checks": [check.as_dict(self.config.toy) for check in self.checks],
@@ -124,6 +124,7 @@ def execute(module: Module, config: Config, argv: list[str]) -> int:
     Raises:
         ConfigError: the output directory cannot be used. Everything later is caught and told in the summary.
     """
+    distributed.check_world_size()
     path = distributed.broadcast(_prepare_in_main(module, config))
     if isinstance(path, ConfigError):
         raise path

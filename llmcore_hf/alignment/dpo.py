@@ -74,8 +74,7 @@ def run(config: Config, run_dir: RunDirectory) -> None:
     trainer = make_trainer(config, job, splits, args)
     training.attach(trainer, run_dir)
     held_out = HeldOut.of(splits, job, args, data_args, trainer)
-    n_dropped = len(splits.train) - len(trainer.train_dataset)
-    run_dir.summary["data"] = {**splits.describe(), **held_out.shares, "n_dropped": n_dropped}
+    run_dir.summary["data"] = training.describe_data(splits, trainer, held_out.shares, len(held_out.rows) // 2)
     run_dir.summary["model"] = training.describe_model(trainer, job)
 
     reference = held_out.reference_likelihoods(trainer, job)

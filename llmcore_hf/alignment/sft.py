@@ -37,8 +37,6 @@ def argument_classes() -> tuple[type, ...]:
 def check(config: Config) -> list[str]:
     """Impossible combinations of options, one sentence each."""
     values, problems = config.values, training.check_options(config)
-    if values["packing"] and values["use_cpu"]:
-        problems.append("--packing needs FlashAttention and so a GPU: without it, packed rows see each other")
     if values["padding_free"] and not values["packing"] and values["max_length"]:
         problems.append("--padding_free without --packing needs --max_length none: TRL does not cut rows there")
     if values["completion_only_loss"] and values["assistant_only_loss"]:
@@ -59,7 +57,7 @@ def run(config: Config, run_dir: RunDirectory) -> None:
     trainer = make_trainer(config, job, splits, args)
     training.attach(trainer, run_dir)
     held_out = HeldOut.of(splits, job, args, data_args, trainer)
-    run_dir.summary["data"] = {**splits.describe(), **held_out.shares, "n_dropped": _n_dropped(splits, trainer, args)}
+    run_dir.summary["data"] = training.describe_data(splits, trainer, held_out.shares, len(held_out.rows))
     run_dir.summary["model"] = training.describe_model(trainer, job)
     run_dir.checks += label_checks(trainer, splits, job)
 
@@ -158,11 +156,6 @@ class HeldOut:
 
 def _encode(row: dict[str, Any], job: Job) -> evaluation.Encoded:
     return evaluation.encode(job.tokenizer, *as_pair(row), tools=row.get("tools"))
-
-
-def _n_dropped(splits: Splits, trainer: SFTTrainer, args: SFTConfig) -> int:
-    """Rows the trainer left out; packing merges rows, so they cannot be counted there."""
-    return 0 if args.packing else len(splits.train) - len(trainer.train_dataset)
 
 
 def label_checks(trainer: SFTTrainer, splits: Splits, job: Job) -> list[Check]:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,7 @@ def house_defaults(explicit: dict[str, Any]) -> dict[str, Any]:
         "activation_checkpointing": on_gpu,
         "gradient_checkpointing": on_gpu,  # the old name of the same option
         "dataloader_pin_memory": on_gpu,
+        "ddp_find_unused_parameters": False,  # every parameter of a text model takes part in every step
         "disable_tqdm": True,  # the console shows its own bar
         "logging_nan_inf_filter": False,  # a NaN in the loss must be seen, not replaced
     }
@@ -163,9 +165,13 @@ def prepare(config: Config, model_args: ModelConfig, training_args: Any) -> Job:
 
 
 def _quieten() -> None:
+    import warnings
+
     import datasets
     import transformers
 
+    # Deprecations between the libraries (TRL, PEFT, transformers): nothing the user of a run could mend.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     if not (sys.stderr.isatty() and distributed.is_main_process()):
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
@@ -186,6 +192,18 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase, splits: Splits) ->
 class RunCallback(TrainerCallback):
     """Log rows to the run directory as they come, show progress, and stop at a loss that is not finite."""
 
+    SHOWN = (
+        "loss",
+        "eval_loss",
+        "learning_rate",
+        "mean_token_accuracy",
+        "eval_mean_token_accuracy",
+        "rewards/accuracies",
+        "rewards/margins",
+        "eval_rewards/accuracies",
+        "eval_rewards/margins",
+    )
+
     def __init__(self, run: RunDirectory) -> None:
         self.run = run
         self.bar: Any = None
@@ -193,6 +211,7 @@ class RunCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         from tqdm import tqdm
 
+        self.began, self.first_step = time.monotonic(), state.global_step
         if distributed.is_main_process():
             interactive = sys.stderr.isatty()
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=not interactive)
@@ -223,28 +242,15 @@ class RunCallback(TrainerCallback):
         if not self.bar.disable:
             self.bar.set_postfix(shown)
             return
-        elapsed = self.bar.format_dict["elapsed"] if "elapsed" in self.bar.format_dict else 0.0
         text = "  ".join(f"{name} {value}" for name, value in shown.items())
-        print(f"step {row['step']}/{max_steps}  {text}{_time_left(elapsed, row['step'], max_steps)}", flush=True)
+        print(f"step {row['step']}/{max_steps}  {text}{self._time_left(row['step'], max_steps)}", flush=True)
 
-    SHOWN = (
-        "loss",
-        "eval_loss",
-        "learning_rate",
-        "mean_token_accuracy",
-        "eval_mean_token_accuracy",
-        "rewards/accuracies",
-        "rewards/margins",
-        "eval_rewards/accuracies",
-        "eval_rewards/margins",
-    )
-
-
-def _time_left(elapsed: float, step: int, max_steps: int) -> str:
-    if not step or not elapsed:
-        return ""
-    seconds = round(elapsed / step * (max_steps - step))
-    return f"  {seconds // 60}:{seconds % 60:02d} left"
+    def _time_left(self, step: int, max_steps: int) -> str:
+        done = step - self.first_step
+        if done <= 0:
+            return ""
+        seconds = round((time.monotonic() - self.began) / done * (max_steps - step))
+        return f"  {seconds // 60}:{seconds % 60:02d} left"
 
 
 def attach(trainer: Trainer, run: RunDirectory) -> None:
@@ -299,6 +305,28 @@ def append_to_model_card(run: RunDirectory, job: Job, splits: Splits) -> None:
         f"checks.\n\n| metric | before | after | rows |\n|---|---|---|---|\n{rows}\n"
     )
     run.write("README.md", card.read_text(encoding="utf-8") + text)
+
+
+def describe_data(splits: Splits, trainer: Trainer, shares: dict[str, float | None], n_eval: int) -> dict[str, Any]:
+    """The `data` block of a summary. Rows that had to be left out are counted, and said aloud."""
+    packing = getattr(trainer.args, "packing", False)  # packing merges rows, so they cannot be counted there
+    n_train = len(splits.train) if packing else len(trainer.train_dataset)
+    n_dropped = len(splits.train) - n_train + len(splits.test) - n_eval
+    if n_dropped and distributed.is_main_process():
+        print(
+            f"{n_dropped} of {len(splits.train) + len(splits.test)} rows of {splits.source} are left out: their prompt "
+            f"fills --max_length {trainer.args.max_length} and leaves no room for an answer",
+            file=sys.stderr,
+        )
+    return {
+        "source": splits.source,
+        "format": splits.format,
+        "n_train": n_train,
+        "n_eval": n_eval,
+        "n_dropped": n_dropped,
+        "fingerprint": splits.fingerprint,
+        **shares,
+    }
 
 
 def describe_model(trainer: Trainer, job: Job) -> dict[str, Any]:

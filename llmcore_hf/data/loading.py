@@ -61,15 +61,6 @@ class Splits:
     format: str
     fingerprint: str
 
-    def describe(self) -> dict[str, Any]:
-        return {
-            "source": self.source,
-            "format": self.format,
-            "n_train": len(self.train),
-            "n_eval": len(self.test),
-            "n_dropped": 0,
-            "fingerprint": self.fingerprint,
-        }
 
 
 def looks_like_path(name: str) -> bool:

@@ -163,7 +163,6 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         eos_token=EOS,
         additional_special_tokens=[USER_START],
         padding_side="left",
-        model_max_length=CONTEXT,
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
     )

@@ -1,0 +1,38 @@
+"""Shared fixtures. Tests never touch the network: hub and telemetry are off before anything is imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ.update(OFFLINE)
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def dataset_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Converted datasets of the tests go to a temporary folder."""
+    cache = tmp_path_factory.mktemp("datasets-cache")
+    os.environ["HF_DATASETS_CACHE"] = str(cache)
+    return cache
+
+
+@pytest.fixture(scope="session")
+def llmcore() -> Run:
+    """Run the command line in a process of its own, from a directory of choice: `llmcore("--list", cwd=tmp_path)`."""
+
+    def run(*argv: str, cwd: Path | None = None, timeout: int = 300, **env: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "run.py"), *argv]
+        return subprocess.run(
+            command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=timeout
+        )
+
+    return run
