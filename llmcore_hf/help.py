@@ -26,7 +26,9 @@ def print_module_help(module: Module) -> None:
     console.print((code.__doc__ or "").strip() + "\n", markup=False, soft_wrap=True)
     console.print(f"--toy uses {recipe}; its values are shown as (toy: ...).\n", markup=False, soft_wrap=True)
     for title, names in groups(code.argument_classes()).items():
-        table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, padding=(0, 1))
+        table = Table(
+            title=title, title_justify="left", title_style="bold", box=None, show_header=False, padding=(0, 1)
+        )
         table.add_column(no_wrap=True, style="cyan", min_width=32)
         table.add_column(overflow="fold")
         for name in names:

@@ -109,7 +109,9 @@ def make_trainer(config: Config, job: Job, splits: Splits, args: DPOConfig) -> D
         quantization_config=get_quantization_config(model_args),
     )
     if not len(trainer.train_dataset):
-        raise UserError(f"every prompt of {splits.source} fills --max_length {args.max_length}: nothing is left to train")
+        raise UserError(
+            f"every prompt of {splits.source} fills --max_length {args.max_length}: nothing is left to train"
+        )
     return trainer
 
 

@@ -124,7 +124,9 @@ class HeldOut:
         limit = training.prompt_limit(trainer, args.max_length, data_args.max_new_tokens)
         askable = [i for i, row in enumerate(rows) if 0 < row.n_prompt <= limit][: data_args.max_generation_samples]
         pairs = [as_pair(splits.test[i]) for i in askable]
-        measured = [_encode(row, job) for row in splits.train.select(range(min(len(splits.train), training.N_MEASURED)))]
+        measured = [
+            _encode(row, job) for row in splits.train.select(range(min(len(splits.train), training.N_MEASURED)))
+        ]
         return cls(
             rows=[row for row in kept if row.n_completion],
             prompts=[prompt for prompt, _ in pairs],

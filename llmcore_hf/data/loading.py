@@ -62,7 +62,6 @@ class Splits:
     fingerprint: str
 
 
-
 def looks_like_path(name: str) -> bool:
     """Whether a dataset or model name can only mean a place on disk, not a hub id."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in BUILDERS

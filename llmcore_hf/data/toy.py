@@ -95,9 +95,7 @@ def _assistant(text: str) -> list[dict[str, str]]:
 
 def toy_sort() -> DatasetDict:
     """Conversational prompt-completion data for SFT: columns `prompt`, `completion`."""
-    return _dataset_dict(
-        lambda prompt, digits: {"prompt": _user(prompt), "completion": _assistant(ascending(digits))}
-    )
+    return _dataset_dict(lambda prompt, digits: {"prompt": _user(prompt), "completion": _assistant(ascending(digits))})
 
 
 def toy_sort_preference() -> DatasetDict:

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 def resolve_name(name: str) -> str:
     """The path or hub id behind `name`; a tiny checkpoint is made first when it is not in the cache."""
-    return str(tiny.ensure(name)) if name in tiny.TINY_MODELS else str(Path(name).expanduser() if is_local(name) else name)
+    return (
+        str(tiny.ensure(name)) if name in tiny.TINY_MODELS else str(Path(name).expanduser() if is_local(name) else name)
+    )
 
 
 def is_local(name: str) -> bool:
