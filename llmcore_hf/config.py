@@ -301,7 +301,8 @@ def choices_of(f: dataclasses.Field, hint: Any) -> list[Any]:
     """The values an option is limited to; empty when it is not."""
     if f.metadata.get("choices"):
         return list(f.metadata["choices"])
-    return [member.value for arg in get_args(hint) if isinstance(arg, enum.EnumMeta) for member in arg]
+    enums: list[Any] = [arg for arg in get_args(hint) if isinstance(arg, enum.EnumMeta)]
+    return [member.value for kind in enums for member in kind]
 
 
 def type_name(hint: Any) -> str:

@@ -128,6 +128,7 @@ def execute(module: Module, config: Config, argv: list[str]) -> int:
     path = distributed.broadcast(_prepare_in_main(module, config))
     if isinstance(path, ConfigError):
         raise path
+    assert path is not None
     for part in config.parts:
         if hasattr(part, "output_dir"):
             part.output_dir = str(path)

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 house_defaults = training.house_defaults
 LOSS_TYPES = (
-    "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop sft "
-    "sigmoid_norm"
-).split()
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+)
 # Policy and reference are evaluated by the same code on the same rows; what differs is the order of float additions.
 TOLERANCE = 1e-4
 
@@ -199,7 +199,7 @@ class HeldOut:
         n = len(policy) // 2
         chosen, rejected = policy[:n], policy[n:]
         rewards = [beta * (p - r) for p, r in zip(policy, start, strict=True)]  # (2N,), implicit
-        margins = [w - l for w, l in zip(rewards[:n], rewards[n:], strict=True)]
+        margins = [won - lost for won, lost in zip(rewards[:n], rewards[n:], strict=True)]
         metrics: dict[str, Any] = {
             "preference_accuracy": Preference().compute(predictions=chosen, references=rejected)["scores"],
             "rewards/margins": margins,

@@ -16,8 +16,7 @@ from trl import ModelConfig
 from llmcore_hf import distributed
 from llmcore_hf.alignment import evaluation
 from llmcore_hf.config import COMMAND_LINE, Config
-from llmcore_hf.data.loading import DataArguments, Splits, looks_like_path
-from llmcore_hf.data.toy import TOY_DATASETS
+from llmcore_hf.data.loading import Splits, looks_like_path
 from llmcore_hf.errors import UserError
 from llmcore_hf.models import loading, tiny
 from llmcore_hf.run_dir import Diverged, RunDirectory
@@ -92,9 +91,8 @@ def check_options(config: Config) -> list[str]:
     model, dataset = values["model_name_or_path"], values["dataset_name"]
     if model and model not in tiny.TINY_MODELS and looks_like_path(model) and not Path(model).expanduser().is_dir():
         problems.append(f"--model_name_or_path {model}: there is no such folder")
-    if dataset and dataset not in TOY_DATASETS and looks_like_path(dataset):
-        if not Path(dataset).expanduser().exists():
-            problems.append(f"--dataset_name {dataset}: there is no such file or folder")
+    if dataset and looks_like_path(dataset) and not Path(dataset).expanduser().exists():
+        problems.append(f"--dataset_name {dataset}: there is no such file or folder")
     problems += [f"--{n} must be greater than 0, not {values[n]}" for n in POSITIVE if _not_positive(values.get(n))]
     if not 0 < values["test_split_size"] < 1:
         problems.append(f"--test_split_size must lie between 0 and 1, not {values['test_split_size']}")

@@ -137,7 +137,7 @@ def _choose_splits(raw: DatasetDict, args: DataArguments, seed: int) -> dict[str
         n_test = min(max(1, round(args.test_split_size * len(train))), len(train) - 1)
         parts = train.train_test_split(test_size=n_test, seed=seed)
         train, test = parts["train"], parts["test"]
-    validation = raw["validation"] if "validation" in raw else test
+    validation = raw.get("validation", test)
     if min(len(train), len(test), len(validation)) == 0:
         raise UserError(f"{args.dataset_name} has an empty split")
     return {"train": train, "validation": validation, "test": test}

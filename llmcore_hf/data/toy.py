@@ -60,7 +60,7 @@ def questions(split: str, n: int) -> list[tuple[str, str]]:
     multisets = split_multisets()[split]
     templates = [template for language in PROMPTS.values() for template in language]
     seen: set[str] = set()
-    rows = []
+    rows: list[tuple[str, str]] = []
     while len(rows) < n:
         digits = list(rng.choice(multisets))
         rng.shuffle(digits)

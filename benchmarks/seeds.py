@@ -1,0 +1,91 @@
+"""Run the toy recipes with several seeds and tabulate what they learned: `make seeds`.
+
+Every run is a process of its own, started as a user starts it. A figure that a seed misses makes the command fail.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import tables
+
+ROOT = Path(__file__).resolve().parent.parent
+MAX_SECONDS, MAX_MB = 60, 2000
+
+
+def held_out_exact_match(e: dict[str, Any]) -> bool:
+    return e["before"]["exact_match"] < 0.1 and e["after"]["exact_match"] >= 0.8
+
+
+def held_out_preference(e: dict[str, Any]) -> bool:
+    return (
+        e["after"]["preference_accuracy"] >= 0.9
+        and e["delta"]["completions/match_chosen"] >= 0.30
+        and e["delta"]["logps/chosen"] >= 0
+    )
+
+
+# module -> (metrics shown, the figure to reach, that figure in words)
+CAMPAIGN = {
+    "sft": (("exact_match", "perplexity"), held_out_exact_match, "exact match from under 0.1 to at least 0.8"),
+    "dpo": (
+        ("preference_accuracy", "completions/match_chosen", "logps/chosen"),
+        held_out_preference,
+        "preference accuracy at least 0.9, chosen behaviour up by at least 0.30, chosen not less likely",
+    ),
+}
+
+
+def run(module: str, seed: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "run.py"), "--module", module, "--toy", "--seed", str(seed)]
+        subprocess.run([*command, "--output_dir", f"{folder}/run"], stdout=subprocess.DEVNULL, check=False)
+        return json.loads(Path(folder, "run", "summary.json").read_text(encoding="utf-8"))
+
+
+def table(module: str, seeds: list[int]) -> tuple[str, bool]:
+    """Markdown of all seeds of a module, and whether each reached the figure within time and memory."""
+    metrics, reached, words = CAMPAIGN[module]
+    lines = [
+        f"**{module}**, to reach: {words}; within {MAX_SECONDS} s and {MAX_MB} MB.",
+        "",
+        f"| seed | status | {' | '.join(f'{m} before → after' for m in metrics)} | reached | wall s | peak MB |",
+        "|" + "---|" * (5 + len(metrics)),
+    ]
+    all_reached = True
+    for seed in seeds:
+        summary = run(module, seed)
+        block = summary["eval"]
+        good = summary["status"] == "ok" and reached(block)
+        good = good and summary["wall_seconds"] <= MAX_SECONDS and summary["peak_rss_mb"] <= MAX_MB
+        all_reached &= good
+        values = (
+            [f"{block['before'][m]:.3f} → {block['after'][m]:.3f}" for m in metrics] if block else ["-"] * len(metrics)
+        )
+        lines.append(
+            f"| {seed} | {summary['status']} | {' | '.join(values)} | {'yes' if good else 'NO'} "
+            f"| {summary['wall_seconds']:.0f} | {summary['peak_rss_mb']:.0f} |"
+        )
+    return "\n".join(lines), all_reached
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--modules", nargs="+", default=list(CAMPAIGN), choices=list(CAMPAIGN))
+    args = parser.parse_args()
+    for module in args.modules:  # the cached checkpoints are made outside the measured runs
+        run(module, args.seeds[0])
+    results = [table(module, args.seeds) for module in args.modules]
+    tables.replace("seeds", "\n\n".join([f"Measured on {tables.machine()}.", *(text for text, _ in results)]))
+    return 0 if all(good for _, good in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
