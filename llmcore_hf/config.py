@@ -231,6 +231,8 @@ class Options:
                 problems.append(f"{shown}: an `env:` block is not accepted: set environment variables in the shell")
             elif name not in self.fields:
                 problems.append(f"{shown}: unknown key `{name}`{self._suggestion(str(name))}")
+            elif self._is_default(name, value):
+                values[name] = self.defaults[name]
             elif value is None and type(None) not in get_args(self.hints[name]):
                 problems.append(f"{shown}: `{name}` may not be null")
             elif value is None or (isinstance(value, dict) and "dict" in str(self.hints[name])):
@@ -265,6 +267,11 @@ class Options:
             problems.append(f"{where}`{name}` takes {self._takes(dest)}; left over: {' '.join(extra)}")
             return
         values[dest] = getattr(namespace, dest)
+
+    def _is_default(self, name: str, value: Any) -> bool:
+        """`resolved_config.yaml` repeats defaults, and some (an empty list) cannot be said on a command line."""
+        default = _plain(self.defaults[name])
+        return type(value) is type(default) and value == default
 
     def _takes(self, name: str) -> str:
         kind = str(self.hints[name])

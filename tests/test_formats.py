@@ -1,0 +1,231 @@
+"""Each dataset format is recognised by its columns and becomes the columns TRL's trainers expect."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from llmcore_hf.data import formats
+from llmcore_hf.errors import UserError
+
+Row = dict[str, Any]
+
+
+def user(text: str) -> Row:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> Row:
+    return {"role": "assistant", "content": text}
+
+
+def system(text: str) -> Row:
+    return {"role": "system", "content": text}
+
+
+def human(text: str) -> Row:
+    return {"from": "human", "value": text}
+
+
+def gpt(text: str) -> Row:
+    return {"from": "gpt", "value": text}
+
+
+# name of the format, its task, a row in it, the same row as TRL wants it
+CASES: list[tuple[str, str, Row, Row]] = [
+    ("TRL language modeling", "sft", {"text": "once"}, {"text": "once"}),
+    (
+        "TRL prompt-completion",
+        "sft",
+        {"prompt": "2+2=", "completion": "4"},
+        {"prompt": "2+2=", "completion": "4"},
+    ),
+    (
+        "TRL prompt-completion",
+        "sft",
+        {"prompt": [user("2+2")], "completion": [assistant("4")]},
+        {"prompt": [user("2+2")], "completion": [assistant("4")]},
+    ),
+    (
+        "alpaca",
+        "sft",
+        {"instruction": "Add", "input": "2 2", "output": "4"},
+        {"prompt": [user("Add\n2 2")], "completion": [assistant("4")]},
+    ),
+    (
+        "alpaca",
+        "sft",
+        {"instruction": "Add", "input": "", "output": "4"},
+        {"prompt": [user("Add")], "completion": [assistant("4")]},
+    ),
+    (
+        "alpaca",
+        "sft",
+        {"instruction": "Add", "output": "4"},
+        {"prompt": [user("Add")], "completion": [assistant("4")]},
+    ),
+    (
+        "alpaca",
+        "sft",
+        {"instruction": "And 3?", "output": "6", "system": "Be brief", "history": [["Double 2", "4"]]},
+        {
+            "prompt": [system("Be brief"), user("Double 2"), assistant("4"), user("And 3?")],
+            "completion": [assistant("6")],
+        },
+    ),
+    (
+        "OpenAI messages",
+        "sft",
+        {"messages": [system("s"), user("q"), assistant("a"), user("r"), assistant("b")]},
+        {"messages": [system("s"), user("q"), assistant("a"), user("r"), assistant("b")]},
+    ),
+    (
+        "ShareGPT",
+        "sft",
+        {"conversations": [human("q"), gpt("a")], "system": "s"},
+        {"messages": [system("s"), user("q"), assistant("a")]},
+    ),
+    (
+        "ShareGPT",
+        "sft",
+        {"conversations": [{"from": "system", "value": "s"}, human("q"), gpt("a"), human("r"), gpt("b")]},
+        {"messages": [system("s"), user("q"), assistant("a"), user("r"), assistant("b")]},
+    ),
+    ("ShareGPT", "sft", {"conversations": [user("q"), assistant("a")]}, {"messages": [user("q"), assistant("a")]}),
+    (
+        "TRL preference",
+        "preference",
+        {"prompt": "2+2=", "chosen": "4", "rejected": "5"},
+        {"prompt": "2+2=", "chosen": "4", "rejected": "5"},
+    ),
+    (
+        "TRL preference",
+        "preference",
+        {"prompt": [user("2+2")], "chosen": [assistant("4")], "rejected": [assistant("5")]},
+        {"prompt": [user("2+2")], "chosen": [assistant("4")], "rejected": [assistant("5")]},
+    ),
+    (  # the prompt as text beside whole conversations, as in HuggingFaceH4/ultrafeedback_binarized
+        "TRL preference",
+        "preference",
+        {"prompt": "q", "chosen": [user("q"), assistant("4")], "rejected": [user("q"), assistant("5")]},
+        {"prompt": [user("q")], "chosen": [assistant("4")], "rejected": [assistant("5")]},
+    ),
+    (
+        "TRL preference, implicit prompt",
+        "preference",
+        {"chosen": [user("q"), assistant("4")], "rejected": [user("q"), assistant("5")]},
+        {"prompt": [user("q")], "chosen": [assistant("4")], "rejected": [assistant("5")]},
+    ),
+    (
+        "alpaca preference",
+        "preference",
+        {"instruction": "Add", "input": "2 2", "chosen": "4", "rejected": "5"},
+        {"prompt": [user("Add\n2 2")], "chosen": [assistant("4")], "rejected": [assistant("5")]},
+    ),
+    (
+        "ShareGPT preference",
+        "preference",
+        {"conversations": [human("q"), gpt("a"), human("r")], "chosen": gpt("4"), "rejected": gpt("5")},
+        {
+            "prompt": [user("q"), assistant("a"), user("r")],
+            "chosen": [assistant("4")],
+            "rejected": [assistant("5")],
+        },
+    ),
+]
+IDS = [f"{name}-{i}" for i, (name, *_) in enumerate(CASES)]
+
+
+def convert(row: Row) -> Row:
+    return formats.detect(list(row), row, "data.json").convert(row)
+
+
+@pytest.mark.parametrize(("name", "task", "row", "expected"), CASES, ids=IDS)
+def test_a_row_is_recognised_and_converted(name: str, task: str, row: Row, expected: Row) -> None:
+    fmt = formats.detect(list(row), row, "data.json")
+    assert (fmt.name, fmt.task) == (name, task)
+    assert fmt.convert(row) == expected
+
+
+@pytest.mark.parametrize(("name", "task", "row", "expected"), CASES, ids=IDS)
+def test_columns_that_no_format_knows_do_no_harm(name: str, task: str, row: Row, expected: Row) -> None:
+    row = {"id": 7, "source": "web", **row}
+    fmt = formats.detect(list(row), row, "data.json")
+    assert (fmt.name, fmt.convert(row)) == (name, expected)
+
+
+def test_every_format_has_a_case() -> None:
+    assert {fmt.name for fmt in formats.FORMATS} == {name for name, *_ in CASES}
+
+
+def test_an_implicit_text_prompt_is_what_both_answers_begin_with() -> None:
+    row = convert({"chosen": "Human: hi\n\nAssistant: hello", "rejected": "Human: hi\n\nAssistant: go"})
+    assert row["prompt"] + row["chosen"] == "Human: hi\n\nAssistant: hello"
+    assert row["prompt"] + row["rejected"] == "Human: hi\n\nAssistant: go"
+    assert row["prompt"].startswith("Human: hi\n\nAssistant:")
+
+
+def test_tools_stay_with_the_conversation() -> None:
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    assert convert({"messages": [user("q"), assistant("a")], "tools": tools})["tools"] == tools
+
+
+def test_a_tool_call_needs_no_text() -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}], "name": None}
+    messages = [user("q"), call, {"role": "tool", "content": "4"}, assistant("4")]
+    converted = convert({"messages": messages})["messages"]
+    assert converted[1] == {"role": "assistant", "tool_calls": [{"function": {"name": "add"}}]}
+
+
+def test_unknown_columns_are_refused_with_the_list_of_formats() -> None:
+    with pytest.raises(UserError) as caught:
+        formats.detect(["question", "answer"], {"question": "q", "answer": "a"}, "my.json")
+    message = str(caught.value)
+    assert "my.json" in message and "question, answer" in message
+    for fmt in formats.FORMATS:
+        assert fmt.name in message
+        assert all(column in message for column in fmt.columns)
+
+
+BAD_ROWS = {
+    "bad role": ({"messages": [user("q"), {"role": "asistant", "content": "a"}]}, "messages[1]", "asistant"),
+    "bad speaker": ({"conversations": [human("q"), {"from": "bot", "value": "a"}]}, "conversations[1].from", "bot"),
+    "no role": ({"messages": ["hello"]}, "messages[0]", "role"),
+    "content is a number": ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content", "int"),
+    "value is missing": ({"conversations": [{"from": "human"}]}, "conversations[0].value", "nothing"),
+    "no messages": ({"messages": []}, "messages", "non-empty"),
+    "last turn asks": ({"messages": [user("q"), assistant("a"), user("r")]}, "messages", "assistant"),
+    "last turn asks (ShareGPT)": ({"conversations": [human("q")]}, "conversations", "assistant"),
+    "prompt ends with an answer": (
+        {"prompt": [user("q"), assistant("a")], "completion": [assistant("b")]},
+        "prompt",
+        "user",
+    ),
+    "preference prompt ends with an answer": (
+        {"conversations": [human("q"), gpt("a")], "chosen": gpt("4"), "rejected": gpt("5")},
+        "conversations",
+        "user",
+    ),
+    "chosen is a question": (
+        {"conversations": [human("q")], "chosen": human("4"), "rejected": gpt("5")},
+        "chosen",
+        "assistant",
+    ),
+    "text is missing": ({"text": None}, "text", "nothing"),
+    "text is blank": ({"text": "  \n"}, "text", "empty"),
+    "output is a number": ({"instruction": "Add", "output": 4}, "output", "int"),
+    "instruction is empty": ({"instruction": "", "output": "4"}, "instruction", "empty"),
+    "history is no pair": ({"instruction": "i", "output": "o", "history": [["only"]]}, "history[0]", "pair"),
+    "rejected is missing": ({"prompt": "p", "chosen": "c", "rejected": None}, "rejected", "nothing"),
+    "answers agree": ({"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("a")]}, "rejected", ""),
+    "no common prompt": ({"chosen": [user("q"), assistant("a")], "rejected": [user("x")]}, "chosen", "in common"),
+}
+
+
+@pytest.mark.parametrize(("row", "field", "hint"), BAD_ROWS.values(), ids=BAD_ROWS)
+def test_an_unusable_field_is_named(row: Row, field: str, hint: str) -> None:
+    with pytest.raises(formats.FieldError) as caught:
+        convert(row)
+    assert f"`{field}`" in str(caught.value)
+    assert hint in str(caught.value)

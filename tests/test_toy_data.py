@@ -1,0 +1,121 @@
+"""Toy data: always the same, held out by answer, in both languages, preferring ascending order."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from llmcore_hf.data import toy
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+SPLITS = ("train", "validation", "test")
+PINNED = {"train": "7b95f86ff935739a", "validation": "3f7de50e6e203f4e", "test": "eebf54a2ce77d3ae"}
+
+
+@pytest.fixture(scope="module")
+def sft_data() -> DatasetDict:
+    return toy.toy_sort()
+
+
+@pytest.fixture(scope="module")
+def preference_data() -> DatasetDict:
+    return toy.toy_sort_preference()
+
+
+def digits_of(row: dict[str, Any]) -> str:
+    return re.sub(r"\D", "", row["prompt"][0]["content"])
+
+
+def answers(rows: Any) -> set[str]:
+    """The multisets of digits asked for, each as its ascending string."""
+    return {"".join(sorted(digits_of(row))) for row in rows}
+
+
+@pytest.mark.parametrize("make", toy.TOY_DATASETS.values(), ids=toy.TOY_DATASETS)
+def test_no_answer_stands_in_two_splits(make: Any) -> None:
+    data = make()
+    assert set(data) == set(SPLITS)
+    for a, b in combinations(SPLITS, 2):
+        assert not answers(data[a]) & answers(data[b])
+
+
+def test_the_warm_start_and_the_tokenizer_see_no_held_out_answer(sft_data: DatasetDict) -> None:
+    seen = {"".join(sorted(answer)) for _, answer in toy.undecided_corpus(6400)}
+    seen |= {"".join(sorted(re.sub(r"\D", "", text))) for text in toy.tokenizer_corpus()}
+    for split in ("validation", "test"):
+        assert not seen & answers(sft_data[split])
+
+
+def test_the_held_out_splits_hold_many_different_answers(sft_data: DatasetDict) -> None:
+    assert len(answers(sft_data["test"])) >= 80
+    assert len(answers(sft_data["validation"])) >= 40
+
+
+def test_chosen_is_ascending_and_rejected_descending(preference_data: DatasetDict) -> None:
+    for split in SPLITS:
+        for row in preference_data[split]:
+            digits = digits_of(row)
+            assert row["chosen"] == [{"role": "assistant", "content": "".join(sorted(digits))}]
+            assert row["rejected"] == [{"role": "assistant", "content": "".join(sorted(digits, reverse=True))}]
+            assert row["chosen"] != row["rejected"]
+
+
+def test_the_completion_is_the_sorted_digits(sft_data: DatasetDict) -> None:
+    for split in SPLITS:
+        for row in sft_data[split]:
+            assert row["completion"] == [{"role": "assistant", "content": "".join(sorted(digits_of(row)))}]
+            assert [message["role"] for message in row["prompt"]] == ["user"]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_both_languages_occur_in_each_split(sft_data: DatasetDict, split: str) -> None:
+    chinese = [bool(re.search(r"[\u4e00-\u9fff]", row["prompt"][0]["content"])) for row in sft_data[split]]
+    assert 0.3 < sum(chinese) / len(chinese) < 0.7
+
+
+def test_no_question_is_asked_twice(sft_data: DatasetDict) -> None:
+    for split in SPLITS:
+        prompts = Counter(row["prompt"][0]["content"] for row in sft_data[split])
+        assert max(prompts.values()) == 1
+        assert len(prompts) == toy.SPLIT_SIZES[split]
+
+
+def test_the_digits_of_a_question_are_shuffled(sft_data: DatasetDict) -> None:
+    rows = sft_data["test"]
+    already_sorted = sum(digits_of(row) == row["completion"][0]["content"] for row in rows)
+    assert already_sorted / len(rows) < 0.2
+
+
+def test_data_are_the_same_each_time(sft_data: DatasetDict) -> None:
+    import random
+
+    random.seed(1234)  # the global generator has no say
+    again = toy.toy_sort()
+    assert {split: again[split].to_list() for split in SPLITS} == {s: sft_data[s].to_list() for s in SPLITS}
+
+
+def test_data_are_those_of_every_other_machine(sft_data: DatasetDict) -> None:
+    """Pinned: a change here changes every published figure, so it must be a decision."""
+    from llmcore_hf.data.loading import fingerprint
+
+    assert {split: fingerprint(sft_data[split]) for split in SPLITS} == PINNED
+
+
+def test_the_warm_start_answers_either_way_half_and_half() -> None:
+    pairs = toy.undecided_corpus(2000)
+    up = sum(answer == "".join(sorted(answer)) for _, answer in pairs)
+    down = sum(answer == "".join(sorted(answer, reverse=True)) for _, answer in pairs)
+    assert up + down == len(pairs)
+    assert 0.45 < up / len(pairs) < 0.55
+
+
+def test_a_multiset_without_a_preference_is_left_out() -> None:
+    multisets = [m for split in toy.split_multisets().values() for m in split]
+    assert all(len(set(m)) > 1 for m in multisets)
+    assert len(multisets) == len(set(multisets)) == 705  # C(13, 4) multisets of four digits, less ten like 7777
