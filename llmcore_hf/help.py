@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from typing import Any
 
 from llmcore_hf import resources
@@ -21,7 +22,7 @@ def print_module_help(module: Module) -> None:
     recipe = f"recipes/{module.name}/toy.yaml"
     toy = options.from_yaml(resources.path(recipe), recipe, [])
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     console.print(f"[bold]{module.name}[/bold]  {module.title_en} · {module.title_zh}\n", soft_wrap=True)
     console.print((code.__doc__ or "").strip() + "\n", markup=False, soft_wrap=True)
     console.print(f"--toy uses {recipe}; its values are shown as (toy: ...).\n", markup=False, soft_wrap=True)

@@ -67,7 +67,7 @@ def run(config: Config, run_dir: RunDirectory) -> None:
     args: DPOConfig = config.part(argument_classes()[-1])
     data_args = config.part(DataArguments)
     job = training.prepare(config, config.part(ModelArguments), args)
-    splits = load(data_args, "preference", args.seed, args.dataset_num_proc)
+    splits = load(data_args, "preference", args.seed, args.dataset_num_proc, args.load_best_model_at_end)
     training.require_chat_template(job.tokenizer, splits)
     n_pairs = refuse_equal_pairs(splits)
 

@@ -49,7 +49,7 @@ def run(config: Config, run_dir: RunDirectory) -> None:
     args: SFTConfig = config.part(argument_classes()[-1])
     data_args = config.part(DataArguments)
     job = training.prepare(config, config.part(ModelArguments), args)
-    splits = load(data_args, "sft", args.seed, args.dataset_num_proc)
+    splits = load(data_args, "sft", args.seed, args.dataset_num_proc, args.load_best_model_at_end)
     training.require_chat_template(job.tokenizer, splits)
     if "messages" in splits.train.column_names and not config.is_set("assistant_only_loss"):
         args.assistant_only_loss = True  # the other turns are context

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 from trl import ModelConfig
 
@@ -61,8 +62,6 @@ def house_defaults(explicit: dict[str, Any]) -> dict[str, Any]:
 
     On a CPU, bfloat16 and activation checkpointing cost time and buy nothing, and TRL's defaults do not even start.
     """
-    import torch
-
     on_gpu = (torch.cuda.is_available() or torch.backends.mps.is_available()) and not explicit.get("use_cpu")
     launched_on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
     on_gpu = on_gpu and not launched_on_cpu
@@ -113,8 +112,6 @@ def _check_peft(config: Config) -> list[str]:
         if values["load_in_4bit"] or values["load_in_8bit"]:
             problems.append("quantized weights cannot be trained themselves: add --use_peft to train LoRA on them")
     if values["load_in_4bit"] or values["load_in_8bit"]:
-        import torch
-
         if not torch.cuda.is_available():
             problems.append("--load_in_4bit and --load_in_8bit need a CUDA GPU; none is visible here")
         elif not _installed("bitsandbytes"):
@@ -252,7 +249,11 @@ class RunCallback(TrainerCallback):
 
 
 def attach(trainer: Trainer, run: RunDirectory) -> None:
-    """Replace the trainer's own printing by ours."""
+    """Replace the trainer's own printing by ours, and keep boolean buffers out of DDP where that is asked for."""
+    if run.config.values["ignore_bias_buffers"]:
+        model: Any = trainer.model
+        buffers = [name for name, buffer in model.named_buffers() if buffer.dtype == torch.bool]
+        model._ddp_params_and_buffers_to_ignore = buffers  # the attribute DDP reads
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(RunCallback(run))

@@ -67,15 +67,18 @@ def looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in BUILDERS
 
 
-def load(args: DataArguments, task: str, seed: int, num_proc: int | None = None) -> Splits:
+def load(args: DataArguments, task: str, seed: int, num_proc: int | None = None, chooses_best: bool = False) -> Splits:
     """Load the dataset that `args` names for a `task` (`sft` or `preference`).
+
+    With `chooses_best` (`--load_best_model_at_end`) validation rows are never the test rows: what was chosen on them
+    could not be reported on them.
 
     Raises:
         UserError: it cannot be read, has another format than the task needs, or a row is unusable.
     """
     name = str(args.dataset_name)
     raw = _read(name, args.dataset_config)
-    splits = _choose_splits(raw, args, seed)
+    splits = _choose_splits(raw, args, seed, chooses_best)
     fmt = formats.detect(splits["train"].column_names, splits["train"][0], name)
     if fmt.task != task:
         other = {"preference": "dpo", "sft": "sft"}[fmt.task]
@@ -121,7 +124,7 @@ def _innermost(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _choose_splits(raw: DatasetDict, args: DataArguments, seed: int) -> dict[str, Dataset]:
+def _choose_splits(raw: DatasetDict, args: DataArguments, seed: int, chooses_best: bool) -> dict[str, Dataset]:
     """Name the train, validation and test rows; rows set aside are taken from the training split."""
     if args.dataset_train_split not in raw:
         raise UserError(
@@ -132,15 +135,23 @@ def _choose_splits(raw: DatasetDict, args: DataArguments, seed: int) -> dict[str
     if args.dataset_test_split in raw:
         test = raw[args.dataset_test_split]
     else:
-        if len(train) < 2:
-            raise UserError(f"{args.dataset_name} has {len(train)} row(s): at least two are needed, one to hold out")
-        n_test = min(max(1, round(args.test_split_size * len(train))), len(train) - 1)
-        parts = train.train_test_split(test_size=n_test, seed=seed)
-        train, test = parts["train"], parts["test"]
-    validation = raw.get("validation", test)
+        train, test = _set_aside(train, args, seed)
+    if "validation" in raw:
+        validation = raw["validation"]
+    else:
+        train, validation = _set_aside(train, args, seed) if chooses_best else (train, test)
     if min(len(train), len(test), len(validation)) == 0:
         raise UserError(f"{args.dataset_name} has an empty split")
     return {"train": train, "validation": validation, "test": test}
+
+
+def _set_aside(rows: Dataset, args: DataArguments, seed: int) -> tuple[Dataset, Dataset]:
+    """(rows that stay, rows set aside), at least one of each."""
+    if len(rows) < 2:
+        raise UserError(f"{args.dataset_name} has {len(rows)} row(s): at least two are needed, one to hold out")
+    n = min(max(1, round(args.test_split_size * len(rows))), len(rows) - 1)
+    parts = rows.train_test_split(test_size=n, seed=seed)
+    return parts["train"], parts["test"]
 
 
 def _convert(rows: Dataset, fmt: formats.Format, where: str, num_proc: int | None) -> Dataset:
