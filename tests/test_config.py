@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import os
 import sys
 import types
 from dataclasses import dataclass, field
@@ -69,6 +70,11 @@ class MoreArguments:
 HOUSE_VALUES = {"bf16": False, "tf32": False, "model_revision": "house"}
 
 
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def lesson(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Module:
     """A module `fake` whose toy recipe is `tmp_path/recipes/fake/toy.yaml`; tests run in `tmp_path`."""
@@ -81,7 +87,6 @@ def lesson(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Module:
     monkeypatch.setattr(registry, "MODULES", (module,))
     shipped = resources.path
     monkeypatch.setattr(resources, "path", lambda name: tmp_path / name if "fake" in name else shipped(name))
-    monkeypatch.chdir(tmp_path)
     write("recipes/fake/toy.yaml", "max_steps: 5\nrun_name: toy\n")
     return module
 
@@ -238,6 +243,8 @@ def test_values_are_read_from_the_command_line(tokens: list[str], expected: dict
         (["--learning-rat=1"], ["--learning-rat", "did you mean `--learning_rate`?"]),
         (["--lr", "1"], ["did you mean `--learning_rate`?"]),
         (["--batch_size", "1"], ["did you mean `--per_device_train_batch_size`?"]),
+        (["--confg", "mine.yaml"], ["unknown option `--confg`", "did you mean `--config`?"]),
+        (["--modul", "sft"], ["unknown option `--modul`", "did you mean `--module`?"]),
         (["--zzzzzz", "1"], ["unknown option `--zzzzzz`", "--help"]),
         (["--computed", "1"], ["unknown option `--computed`"]),  # no option: `init=False`
         (["--no_bf16"], ["unknown option `--no_bf16`", "did you mean `--bf16`?"]),  # off already
@@ -263,7 +270,9 @@ def test_what_is_wrong_on_the_command_line_is_named(tokens: list[str], words: li
     assert all(word in problem for word in words), problem
 
 
-@pytest.mark.parametrize("prefix", ["--max", "--max_step", "--learn", "--learning", "--report", "--no_shuf", "--overwrite"])
+@pytest.mark.parametrize(
+    "prefix", ["--max", "--max_step", "--learn", "--learning", "--report", "--no_shuf", "--overwrite"]
+)
 def test_prefixes_of_an_option_are_refused(lesson: Module, prefix: str) -> None:
     [problem] = problems_of("--module", "fake", prefix, "1")
     assert f"unknown option `{prefix}`" in problem
@@ -322,10 +331,12 @@ def test_request_options_are_taken_out_in_both_spellings(lesson: Module) -> None
         ("run_name: '1e-4'", "1e-4"),
         ("run_name: --odd=name", "--odd=name"),
         ("run_name: 排序", "排序"),
-        ("eval_strategy: 'no'", "no"),
+        ("eval_strategy: 'steps'", "steps"),
         ("lora_target_modules: [q, k]", ["q", "k"]),
         ("lora_target_modules: all-linear", ["all-linear"]),
         ("loss_weights: [-1, 5.0e-1]", [-1.0, 0.5]),
+        ("loss_weights: [-1.0e-3]", [-1e-3]),
+        ("lora_target_modules: [--odd, -x]", ["--odd", "-x"]),
         ("model_init_kwargs: {a: {b: 1}}", {"a": {"b": 1}}),
     ],
 )
@@ -357,7 +368,7 @@ def test_yaml_values_get_the_type_of_their_option(text: str, expected: Any) -> N
         ("learning_rate: fast", ["learning_rate", "'fast'"]),
         ("bf16: 2", ["bf16", "true/false"]),
         ("bf16: null", ["bf16", "null"]),
-        ("eval_strategy: no", ["eval_strategy", "'False'"]),  # bare `no` is False in YAML 1.1
+        ("eval_strategy: no", ["eval_strategy", "False"]),  # bare `no` is False in YAML 1.1
         ("eval_strategy: step", ["eval_strategy", "did you mean `steps`?"]),
         ("scheduler: cosin", ["scheduler", "did you mean `cosine`?"]),
         ("loss_weights: [1, x]", ["loss_weights", "'x'"]),
@@ -375,25 +386,17 @@ def test_yaml_values_get_the_type_of_their_option(text: str, expected: Any) -> N
         (b"run_name: \xff\xfe\xe9", ["cannot be read"]),
     ],
 )
-def test_what_is_wrong_in_a_yaml_file_is_named(
-    text: str | bytes, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_what_is_wrong_in_a_yaml_file_is_named(text: str | bytes, words: list[str]) -> None:
     problem = yaml_problem(text)
     assert "f.yaml" in problem
     assert all(word in problem for word in words), problem
-
-
-@pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 def test_an_env_block_sets_nothing(lesson: Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LLMCORE_TEST", raising=False)
     write("mine.yaml", "env:\n  LLMCORE_TEST: '1'\n")
     problems_of("--module", "fake", "--config", "mine.yaml")
-    assert "LLMCORE_TEST" not in config.__dict__ and "LLMCORE_TEST" not in __import__("os").environ
+    assert "LLMCORE_TEST" not in os.environ
 
 
 def test_an_empty_file_is_an_empty_layer() -> None:
@@ -501,7 +504,12 @@ def test_config_errors_are_user_errors_with_exit_code_2() -> None:
 def test_a_config_may_name_its_module_and_ask_for_the_toy_recipe(lesson: Module) -> None:
     write("mine.yaml", "module: fake\ntoy: true\nseed: 1\n")
     resolved = resolve("--config", "mine.yaml")
-    assert (resolved.module, resolved.toy, resolved.values["max_steps"], resolved.values["seed"]) == ("fake", True, 5, 1)
+    assert (resolved.module, resolved.toy, resolved.values["max_steps"], resolved.values["seed"]) == (
+        "fake",
+        True,
+        5,
+        1,
+    )
 
 
 def test_a_config_for_another_module_is_refused(lesson: Module) -> None:
@@ -570,7 +578,9 @@ def test_the_resolved_config_says_where_each_value_came_from(lesson: Module) -> 
 
 
 def test_every_option_stands_in_the_resolved_config_but_places_and_secrets(lesson: Module) -> None:
-    resolved = resolve("--module", "fake", "--output_dir", "out", "--resume_from_checkpoint", "last", "--hub_token", "x")
+    resolved = resolve(
+        "--module", "fake", "--output_dir", "out", "--resume_from_checkpoint", "last", "--hub_token", "x"
+    )
     document = yaml.safe_load(resolved.to_yaml())
     left_out = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "hub_token"}
     assert set(document) == {"module", "toy", *resolved.values} - left_out
@@ -586,7 +596,26 @@ def test_the_hub_token_is_used_but_never_written(lesson: Module, how: str) -> No
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(
-    ["no", "null", "none", "1e-4", "-1", "--x", "a=b", "~", "{", "[a]", "%", "a: b", "# c", " x ", "\n", "'", '"', "0x10"]
+    [
+        "no",
+        "null",
+        "none",
+        "1e-4",
+        "-1",
+        "--x",
+        "a=b",
+        "~",
+        "{",
+        "[a]",
+        "%",
+        "a: b",
+        "# c",
+        " x ",
+        "\n",
+        "'",
+        '"',
+        "0x10",
+    ]
 )
 
 
@@ -601,7 +630,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.samp
             "bf16": st.booleans(),
             "tf32": st.none() | st.booleans(),
             "eval_strategy": st.sampled_from([member.value for member in Strategy]),
-            "lora_target_modules": st.none() | st.lists(texts.filter(lambda t: not t.startswith("-")), max_size=3),
+            "lora_target_modules": st.none() | st.lists(texts, max_size=3),
             "loss_weights": st.lists(st.floats(-1e9, 1e9), max_size=3),
             "model_init_kwargs": st.none() | st.dictionaries(texts, texts | st.integers() | st.none(), max_size=3),
         },
@@ -611,7 +640,8 @@ def test_any_values_survive_the_way_through_a_yaml_file(values: dict[str, Any]) 
     sources = dict.fromkeys(values, DEFAULTS)
     text = Config("fake", False, values, sources, parts=()).to_yaml()
     read, problems = from_yaml(text)
-    assert not problems and read == values
+    assert not problems
+    assert {n: v.value if isinstance(v, enum.Enum) else v for n, v in read.items()} == values
 
 
 # ---------------------------------------------------------------- the real modules
@@ -652,6 +682,8 @@ def example(f: dataclasses.Field, hint: Any) -> Any:
     if f.name == "debug":
         return "underflow_overflow"
     kinds = get_args(hint) or (hint,)
+    if "dict" in str(hint):
+        return "{}" if str in kinds else "none"
     if bool in kinds:
         return "true"
     if {int, float, list[int], list[float]} & set(kinds):
@@ -679,8 +711,6 @@ def example(f: dataclasses.Field, hint: Any) -> Any:
         (["--toy", "--load_best_model_at_end"], ["load_best_model_at_end"]),
         (["--toy", "--lr_scheduler_kwargs", "text"], ["lr_scheduler_kwargs"]),
         (["--toy", "--lr_scheduler_kwargs", '{"a":}'], ["lr_scheduler_kwargs"]),
-        (["--toy", "--fsdp", "true", "--fsdp_config", "nothing.json"], ["nothing.json"]),
-        (["--toy", "--accelerator_config", "nothing.json"], ["nothing.json"]),
         (["--toy", "--deepspeed", "nothing.json"], ["deepspeed"]),
         (["--toy", "--resume_from_checkpoint", "last", "--overwrite_output_dir"], ["--overwrite_output_dir"]),
     ],
@@ -691,6 +721,12 @@ def test_impossible_combinations_are_refused(
     without_gpu(monkeypatch)
     found = " | ".join(problems_of("--module", "sft", *argv))
     assert all(word in found for word in words), found
+
+
+@pytest.mark.parametrize("option", ["fsdp_config", "accelerator_config", "deepspeed", "lr_scheduler_kwargs"])
+def test_a_json_file_that_does_not_exist_is_a_problem_not_a_crash(option: str) -> None:
+    found = " | ".join(problems_of("--module", "sft", "--toy", "--fsdp", "full_shard", f"--{option}", "nothing.json"))
+    assert option in found or "nothing.json" in found
 
 
 @pytest.mark.parametrize(
@@ -761,3 +797,30 @@ def test_nothing_is_reported_to_anyone_by_default(name: str) -> None:
     resolved = resolve("--module", name, "--toy")
     assert resolved.values["report_to"] in ("none", [])
     assert resolved.values["push_to_hub"] is False
+
+
+def test_a_repeated_run_decides_about_conversations_as_the_first_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With conversations, `sft` turns on `assistant_only_loss` unless the user decided about it."""
+    from llmcore_hf.alignment import sft
+
+    splits = types.SimpleNamespace(train=types.SimpleNamespace(column_names=["messages"]))
+    monkeypatch.setattr(sft.training, "prepare", lambda *args: types.SimpleNamespace(tokenizer=None))
+    monkeypatch.setattr(sft.training, "require_chat_template", lambda *args: None)
+    monkeypatch.setattr(sft, "load", lambda *args: splits)
+    trained: list[bool] = []
+
+    def stop(config: Config, job: Any, splits: Any, args: Any) -> None:
+        trained.append(args.assistant_only_loss)
+        raise UserError("enough")
+
+    monkeypatch.setattr(sft, "make_trainer", stop)
+    run = types.SimpleNamespace(write=lambda name, text: None, path=Path())
+    first = resolve("--module", "sft", "--toy")
+    for resolved in (
+        first,
+        lambda: repeat(first),
+        lambda: resolve("--module", "sft", "--toy", "--assistant_only_loss=no"),
+    ):
+        with pytest.raises(UserError, match="enough"):
+            sft.run(resolved if isinstance(resolved, Config) else resolved(), run)  # type: ignore[arg-type]
+    assert trained == [True, True, False]

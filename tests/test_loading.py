@@ -30,8 +30,15 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def read(path: Path | str, task: str = "sft", seed: int = 0, num_proc: int | None = None, **options: Any) -> Splits:
-    return load(DataArguments(dataset_name=str(path), **options), task, seed, num_proc)
+def read(
+    path: Path | str,
+    task: str = "sft",
+    seed: int = 0,
+    num_proc: int | None = None,
+    chooses_best: bool = False,
+    **options: Any,
+) -> Splits:
+    return load(DataArguments(dataset_name=str(path), **options), task, seed, num_proc, chooses_best)
 
 
 def refusal(path: Path | str, task: str = "sft", **options: Any) -> str:
@@ -53,9 +60,11 @@ WRITERS = {
     "array.json": lambda path: path.write_text(json.dumps(ROWS, indent=2)),
     "lines.json": lambda path: write_jsonl(path, ROWS),
     "rows.jsonl": lambda path: write_jsonl(path, ROWS),
-    "rows.csv": lambda path: dataset([{"instruction": r["prompt"], "output": f"is {r['completion']}"} for r in ROWS])
-    .to_pandas()
-    .to_csv(path, index=False),
+    "rows.csv": lambda path: (
+        dataset([{"instruction": r["prompt"], "output": f"is {r['completion']}"} for r in ROWS])
+        .to_pandas()
+        .to_csv(path, index=False)
+    ),
     "rows.parquet": lambda path: dataset(ROWS).to_parquet(path),
     "rows.arrow": write_arrow,
 }
@@ -125,7 +134,15 @@ def test_a_hub_id_goes_through_load_dataset(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(
     ("name", "is_path"),
-    [("org/name", False), ("name", False), ("./x", True), ("/x", True), ("~/x", True), ("a/b/c", True), ("x.csv", True)],
+    [
+        ("org/name", False),
+        ("name", False),
+        ("./x", True),
+        ("/x", True),
+        ("~/x", True),
+        ("a/b/c", True),
+        ("x.csv", True),
+    ],
 )
 def test_a_path_is_told_from_a_hub_id(name: str, is_path: bool) -> None:
     assert looks_like_path(name) is is_path
@@ -145,6 +162,12 @@ def test_rows_set_aside_are_not_trained_on(tmp_path: Path) -> None:
     assert (len(found.train), len(found.test)) == (15, 5)
     assert not as_set(found.train) & as_set(found.test)
     assert as_set(found.validation) == as_set(found.test)
+
+
+def test_what_chooses_the_best_model_is_not_what_reports_it(tmp_path: Path) -> None:
+    found = read(write_jsonl(tmp_path / "rows.jsonl", ROWS), test_split_size=0.25, chooses_best=True)
+    parts = [as_set(part) for part in (found.train, found.validation, found.test)]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == len(ROWS)
 
 
 def test_which_rows_are_set_aside_depends_on_the_seed_alone(tmp_path: Path) -> None:

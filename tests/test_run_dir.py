@@ -270,7 +270,9 @@ def test_artifacts_are_the_files_in_the_directory(lesson: Lesson) -> None:
     assert {"summary.json", "resolved_config.yaml", "training_curves.png"} <= set(listed)
 
 
-@pytest.mark.parametrize("form", [["--hub_token", "hf_secret"], ["--hub_token=hf_secret"], ["--hub-token", "hf_secret"]])
+@pytest.mark.parametrize(
+    "form", [["--hub_token", "hf_secret"], ["--hub_token=hf_secret"], ["--hub-token", "hf_secret"]]
+)
 def test_the_hub_token_is_in_no_file_and_not_on_the_screen(
     lesson: Lesson, form: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -365,7 +367,7 @@ def test_the_schema_itself_is_a_valid_schema() -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
 
 
-@pytest.mark.parametrize("path", places(FULL), ids=lambda path: ".".join(map(str, path)))
+@pytest.mark.parametrize("path", list(places(FULL)), ids=lambda path: ".".join(map(str, path)))
 def test_no_required_key_may_be_missing(path: tuple) -> None:
     with pytest.raises(jsonschema.ValidationError, match=f"'{path[-1]}' is a required property"):
         validate_summary(changed(path, lambda inner, key: inner.pop(key)))

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,15 @@ CHAT = [
     {"role": "user", "content": "Sort: 20"},
     {"role": "assistant", "content": "02"},
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small gain nothing from more threads, and lose much when the cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +202,7 @@ def test_the_weights_do_not_depend_on_the_global_seed_nor_change_it() -> None:
 
 @pytest.mark.slow
 def test_a_warm_start_is_the_same_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tiny.TINY_MODELS, "tiny-brief", tiny.TinyModel("qwen3", warm_start_steps=3))
+    monkeypatch.setitem(tiny.TINY_MODELS, "tiny-brief", tiny.TinyModel("qwen3", warm_start_steps=3, batch_size=4))
     made = []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -229,9 +238,7 @@ def test_the_cache_is_where_the_variable_says(tmp_path: Path, monkeypatch: pytes
     assert tiny.cache_dir() == Path.home() / ".cache" / "llmcore_hf"
 
 
-def test_an_intact_checkpoint_is_not_made_again(
-    ensure: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_intact_checkpoint_is_not_made_again(ensure: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiny, "_make", lambda *args: pytest.fail("made again"))
     assert ensure("tiny-qwen") == ensure("tiny-qwen")
 

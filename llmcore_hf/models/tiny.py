@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 PAD, USER_START, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VOCAB_SIZE = 320  # 256 bytes, 3 special tokens, the rest merges
 CONTEXT = 2048
+RECIPE_VERSION = 2  # raise it when the code below would make other checkpoints than before
 
 # ChatML. The markers tell `assistant_only_loss` what the assistant wrote, its end-of-turn token included.
 CHAT_TEMPLATE = (
@@ -101,6 +102,7 @@ def _fingerprint(spec: TinyModel) -> str:
         "spec": asdict(spec),
         "template": CHAT_TEMPLATE,
         "vocab": VOCAB_SIZE,
+        "recipe": RECIPE_VERSION,
         "toy": [toy.N_DIGITS, toy.DATA_SEED, toy.PROMPTS, toy.SPLIT_FRACTIONS],
         "versions": [version(p).split("+")[0] for p in ("torch", "transformers", "tokenizers")],
     }
@@ -241,7 +243,10 @@ def _warm_start(name: str, spec: TinyModel, model: PreTrainedModel, tokenizer: P
 
 
 def _encode(pairs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast):
-    """Left-padded token ids and labels of the pairs, both `(N, T)`; prompt and padding are -100 in labels."""
+    """Token ids and labels of the pairs, both `(N, T)`; prompt and padding are -100 in the labels.
+
+    Padding stands on the right: GPT-2 counts positions from the left, padding included.
+    """
     import torch
 
     rows = []
@@ -255,6 +260,6 @@ def _encode(pairs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast):
     labels = torch.full((len(rows), width), -100)
     for i, (full, n_prompt) in enumerate(rows):
         ids = torch.tensor(full)
-        input_ids[i, width - len(full) :] = ids
-        labels[i, width - len(full) + n_prompt :] = ids[n_prompt:]
+        input_ids[i, : len(full)] = ids
+        labels[i, n_prompt : len(full)] = ids[n_prompt:]
     return input_ids, labels
