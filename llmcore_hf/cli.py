@@ -28,7 +28,13 @@ Several processes: accelerate launch --config_file accelerate_configs/cpu_2.yaml
 
 def entry_point() -> None:
     """The console script `llmcore`, `run.py` and `python -m llmcore_hf`."""
-    sys.exit(main(sys.argv[1:]))
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader (`| head`) has left; nothing more can be said to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    sys.exit(code)
 
 
 def main(argv: list[str]) -> int:

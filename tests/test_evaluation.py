@@ -165,6 +165,19 @@ def test_answers_equal_those_of_each_prompt_alone(
     assert len(set(found.texts)) > 5  # different prompts, different answers: the order is tested
 
 
+def test_absolute_positions_survive_the_padding(rows: list[Encoded], accelerator: Accelerator) -> None:
+    """GPT-2 has a vector for each position, counted from the left; rotary positions would not show a shift."""
+    folder = tiny.ensure("tiny-gpt2")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        model.transformer.wpe.weight.mul_(20)  # random weights hardly look at positions
+    found = likelihoods(model, rows, 0, 100, accelerator).logprobs
+    assert found == pytest.approx([by_hand(model, row) for row in rows], rel=1e-4, abs=1e-4)
+    answers = generate(model, tokenizer, PROMPTS, 8, 100, accelerator)
+    alone = one_by_one(model, tokenizer, PROMPTS, 8)
+    assert answers.texts == [tokenizer.decode(ids, skip_special_tokens=True) for ids in alone]
+
+
 def test_an_answer_that_hits_the_limit_has_not_ended(model: Any, tokenizer: Any, accelerator: Accelerator) -> None:
     found = generate(model, tokenizer, PROMPTS[:10], 2, 4, accelerator)
     assert found.terminated == [False] * 10

@@ -165,8 +165,9 @@ def test_the_command_line_refuses_such_a_launch_before_it_reads_options(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     enter(monkeypatch, {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"})
-    assert cli.main(["--module", "dpo", "--toy"]) == 2
-    assert "started one" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert cli.main(["--module", "dpo", "--nonsense"]) == 2
+    err = capsys.readouterr().err
+    assert "started one" in err and "nonsense" not in err and not list(tmp_path.iterdir())
     assert cli.main(["--list"]) == 0
 
 
@@ -214,7 +215,7 @@ def test_a_run_checks_the_world_size_before_it_makes_a_directory(
 def test_accelerate_launch_with_two_cpu_processes_that_are_one_ends_with_the_way_out(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     result = subprocess.run(
-        [*command, str(ROOT / "run.py"), "--module", "dpo", "--toy"],
+        [*command, str(ROOT / "run.py"), "--module", "dpo", "--nonsense"],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -146,6 +146,7 @@ def generate(
                     **inputs,
                     max_new_tokens=max_new_tokens,
                     do_sample=False,
+                    use_cache=True,  # the trainers turn it off in the model's config
                     temperature=None,
                     top_p=None,
                     top_k=None,
