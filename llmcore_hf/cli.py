@@ -74,9 +74,7 @@ def _module_command(argv: list[str], wants_help: bool) -> int:
     from llmcore_hf import config
 
     request = config.read_request(argv)
-    if request.module is None:
-        raise ConfigError(["no --module was given; --list shows them"])
-    module = registry.get(request.module)
+    module = registry.get(str(request.module))
     _quiet_defaults()
     if wants_help:
         from llmcore_hf.help import print_module_help
@@ -98,6 +96,7 @@ def _quiet_defaults() -> None:
 
 def _print_list() -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title="LLM-Core modules")
@@ -105,7 +104,7 @@ def _print_list() -> None:
         table.add_column(column, no_wrap=column in ("module", "day", "level"))
     for m in sorted(registry.MODULES, key=lambda m: (m.day, m.name)):
         needs = f"pip install 'llmcore-hf[{m.extra}]'" if m.extra else ""
-        table.add_row(str(m.day), str(m.level), m.name, m.title_en, m.title_zh, needs)
+        table.add_row(str(m.day), str(m.level), m.name, m.title_en, m.title_zh, escape(needs))
     Console().print(table)
 
 

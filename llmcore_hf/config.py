@@ -16,7 +16,7 @@ import difflib
 import enum
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -45,6 +45,7 @@ RENAMED = {
 # Where a run writes and what it resumes is decided anew each time, so `resolved_config.yaml` leaves it out.
 NOT_REPEATED = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")
 SECRETS = ("hub_token",)
+REQUEST_OPTIONS = ("module", "config", "toy")
 COMMAND_LINE, DEFAULTS, HOUSE = "command line", "defaults", "defaults for this machine"
 
 
@@ -128,23 +129,32 @@ def read_request(argv: list[str]) -> Request:
         if name == "--toy" and not has_value:
             request.toy = True
         elif name in ("--module", "--config"):
-            if not has_value and (not tokens or tokens[0].startswith("--")):
-                problems.append(f"{name} needs a value")
+            if not has_value and tokens and not tokens[0].startswith("--"):
+                value = tokens.pop(0)
+            if value:
+                setattr(request, name[2:], value)
             else:
-                setattr(request, name[2:], value if has_value else tokens.pop(0))
+                problems.append(f"{name} needs a value")
         else:
             request.options.append(token)
     if request.config and not problems:
         try:
             document = read_yaml(Path(request.config))
         except ConfigError as error:
-            problems += error.problems
+            # with a module, `resolve` reads the file again and tells its problems together with all others
+            problems += [] if request.module else error.problems
             document = {}
-        named = document.get("module")
+        named, toy = document.get("module"), document.get("toy", False)
         if named and request.module and named != request.module:
             problems.append(f"--module {request.module}, but {request.config} is a config for `{named}`")
         request.module = request.module or (str(named) if named else None)
-        request.toy = request.toy or document.get("toy") is True
+        if not isinstance(toy, bool):
+            problems.append(f"{request.config}: `toy` is true or false, not {toy!r}")
+        request.toy = request.toy or toy is True
+    if request.module is None and not problems:
+        problems.append("no --module was given; --list shows them")
+        near = (t for t in request.options if difflib.get_close_matches(t.partition("=")[0], ["--module"], cutoff=0.7))
+        problems += [f"unknown option `{token}` (did you mean `--module`?)" for token in near]
     if problems:
         raise ConfigError(problems)
     return request
@@ -177,6 +187,8 @@ def resolve(module: Module, request: Request) -> Config:
         sources |= dict.fromkeys(layer, source)
     config = Config(module.name, request.toy, values, sources, parts=())
     problems += code.check(config)
+    if values.get("resume_from_checkpoint") and values.get("overwrite_output_dir"):
+        problems.append("--overwrite_output_dir would delete what --resume_from_checkpoint continues: give one of them")
     config.parts = tuple(options.build({**house, **explicit}, problems))
     if problems:
         raise ConfigError(_unique(problems), f" of `{module.name}`")
@@ -237,10 +249,18 @@ class Options:
                 problems.append(f"{shown}: `{name}` may not be null")
             elif value is None or (isinstance(value, dict) and "dict" in str(self.hints[name])):
                 values[name] = value
-            elif isinstance(value, dict):
-                problems.append(f"{shown}: `{name}` takes {self._takes(name)}, not a mapping")
+            elif problem := self._wrong_kind(name, value):
+                problems.append(f"{shown}: `{name}` {problem}")
+            elif isinstance(value, list) and (not value or self._is_text_list(name)):
+                values[name] = value
+            elif isinstance(value, list):
+                items: list[dict[str, Any]] = [{} for _ in value]
+                for item, read in zip(value, items, strict=True):  # one by one: `-1e-3` looks like an option
+                    self._read(name, name, [f"--{name}={item}"], shown, read, problems)
+                if all(items):
+                    values[name] = [x for read in items for x in read[name]]
             else:
-                self._read(name, name, _as_tokens(name, value), shown, values, problems)
+                self._read(name, name, [f"--{name}={value}"], shown, values, problems)
         return values
 
     def build(self, values: dict[str, Any], problems: list[str]) -> Iterator[Any]:
@@ -249,7 +269,7 @@ class Options:
             names = {f.name for f in dataclasses.fields(cls)}
             try:
                 yield cls(**{name: value for name, value in values.items() if name in names})
-            except (ValueError, TypeError, ImportError, RuntimeError, NotImplementedError) as error:
+            except Exception as error:  # whatever a library's `__post_init__` raises, the options are to blame
                 problems.append(" ".join(str(error).split()))
 
     def _read(
@@ -266,7 +286,31 @@ class Options:
         if extra:
             problems.append(f"{where}`{name}` takes {self._takes(dest)}; left over: {' '.join(extra)}")
             return
-        values[dest] = getattr(namespace, dest)
+        value = getattr(namespace, dest)
+        if isinstance(value, str) and "dict" in str(self.hints[dest]) and not Path(value).expanduser().is_file():
+            try:
+                value = json.loads(value)
+            except ValueError:
+                value = None
+            if not isinstance(value, dict):
+                problems.append(f"{where}`{name}` takes a JSON mapping or the name of an existing JSON file")
+                return
+        values[dest] = value
+
+    def _wrong_kind(self, name: str, value: Any) -> str | None:
+        """What is wrong with the kind of a YAML value; whether its text can be read, the parser says."""
+        hint = self.hints[name]
+        kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
+        text_only = all(kind is str or isinstance(kind, enum.EnumMeta) or "list[str]" in str(kind) for kind in kinds)
+        if isinstance(value, dict) or (isinstance(value, list) and "list" not in str(hint)):
+            return f"takes {self._takes(name)}, not a {'mapping' if isinstance(value, dict) else 'list'}"
+        for item in value if isinstance(value, list) else [value]:
+            if item is None or isinstance(item, list) or (text_only and not isinstance(item, str)):
+                return f"takes text, not {item!r}: put it in quotes" if text_only else f"may not hold {item!r}"
+        return None
+
+    def _is_text_list(self, name: str) -> bool:
+        return list[str] in (self.hints[name], *get_args(self.hints[name]))
 
     def _is_default(self, name: str, value: Any) -> bool:
         """`resolved_config.yaml` repeats defaults, and some (an empty list) cannot be said on a command line."""
@@ -280,7 +324,8 @@ class Options:
     def _suggestion(self, name: str, prefix: str = "") -> str:
         near = RENAMED.get(name)
         if near is None or near not in self.fields:
-            near = next(iter(difflib.get_close_matches(name, self.fields, n=1, cutoff=0.6)), None)
+            names = [*self.fields, *(REQUEST_OPTIONS if prefix else ())]
+            near = next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.6)), None)
         return f" (did you mean `{prefix}{near}`?)" if near else " (--help lists all options)"
 
     def _nearest_choice(self, name: str, tokens: list[str]) -> str:
@@ -334,13 +379,6 @@ def _chunks(tokens: list[str]) -> Iterator[list[str]]:
         yield chunk
 
 
-def _as_tokens(name: str, value: Any) -> list[str]:
-    """A YAML value as it would stand on the command line."""
-    if isinstance(value, list):
-        return [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in value)]
-    return [f"--{name}={value}"]
-
-
 def read_yaml(path: Path) -> dict[Any, Any]:
     """The mapping in a YAML file.
 
@@ -355,7 +393,9 @@ def read_yaml(path: Path) -> dict[Any, Any]:
     def no_duplicates(loader: Any, node: Any) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            key = loader.construct_object(key_node)
+            key = loader.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise ConfigError([f"{path}: `{key}` cannot be a key (line {key_node.start_mark.line + 1})"])
             if key in seen:
                 line = key_node.start_mark.line + 1
                 raise ConfigError([f"{path}: key `{key}` stands twice (again in line {line})"])

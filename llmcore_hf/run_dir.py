@@ -185,7 +185,8 @@ def prepare_directory(module: str, config: Config) -> Path:
     root = Path("output") / module
     try:
         if given:
-            path = Path(given).expanduser()
+            path = Path(given).expanduser().resolve() if Path(given).is_symlink() else Path(given).expanduser()
+            _keep_inputs(path, config)
             _clear_for_use(path, overwrite=config.values["overwrite_output_dir"], resume=bool(resume))
         elif resume:
             path = Path(resume).expanduser().parent if Path(resume).is_dir() else root / "latest"
@@ -201,6 +202,18 @@ def prepare_directory(module: str, config: Config) -> Path:
     return path
 
 
+def _keep_inputs(path: Path, config: Config) -> None:
+    """Refuse to overwrite the directory that the run is about to read from."""
+    for name in ("model_name_or_path", "dataset_name"):
+        source = config.values.get(name)
+        if config.values["overwrite_output_dir"] and source:
+            place = Path(source).expanduser().resolve()
+            if place.exists() and place.is_relative_to(path.resolve()):
+                raise ConfigError(
+                    [f"--overwrite_output_dir would delete --{name} {source}: choose another --output_dir"]
+                )
+
+
 def _clear_for_use(path: Path, *, overwrite: bool, resume: bool) -> None:
     if path.exists() and not path.is_dir():
         raise ConfigError([f"--output_dir {path} is a file"])
@@ -214,7 +227,7 @@ def _clear_for_use(path: Path, *, overwrite: bool, resume: bool) -> None:
                 "choose another name, or replace it with --overwrite_output_dir"
             ]
         )
-    if not (path / "resolved_config.yaml").exists():
+    if not all((path / name).exists() for name in ("resolved_config.yaml", "summary.json")):
         raise ConfigError([f"--output_dir {path} was not made by a run, so --overwrite_output_dir will not delete it"])
     shutil.rmtree(path)
     path.mkdir()

@@ -10,6 +10,7 @@ displacement). `--loss_type sigmoid sft` adds the likelihood of the chosen answe
 
 from __future__ import annotations
 
+import difflib
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ LOSS_TYPES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
     *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
 )
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 # Policy and reference are evaluated by the same code on the same rows; what differs is the order of float additions.
 TOLERANCE = 1e-4
 
@@ -46,8 +48,12 @@ def check(config: Config) -> list[str]:
     values, problems = config.values, training.check_options(config)
     unknown = [name for name in values["loss_type"] if name not in LOSS_TYPES]
     if unknown:
-        problems.append(f"--loss_type {' '.join(unknown)} is not one of {', '.join(LOSS_TYPES)}")
-    if values["beta"] <= 0:
+        near = difflib.get_close_matches(unknown[0], LOSS_TYPES, n=1)
+        hint = f" (did you mean `{near[0]}`?)" if near else ""
+        problems.append(f"--loss_type {' '.join(unknown)} is not one of {', '.join(LOSS_TYPES)}{hint}")
+    if values["f_divergence_type"] not in DIVERGENCES:
+        problems.append(f"--f_divergence_type {values['f_divergence_type']} is not one of {', '.join(DIVERGENCES)}")
+    if not 0 < values["beta"] < math.inf:
         problems.append(f"--beta must be greater than 0, not {values['beta']}")
     if values["padding_free"]:
         problems.append("--padding_free is not available in TRL's DPOTrainer at present: leave it off")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from llmcore_hf.alignment import evaluation, training
 from llmcore_hf.alignment.training import Job, ModelArguments
 from llmcore_hf.checks import Check
-from llmcore_hf.config import Config, RunArguments
+from llmcore_hf.config import HOUSE, Config, RunArguments
 from llmcore_hf.curves import HELD_OUT, TRAIN, Line, Panel, draw
 from llmcore_hf.data.loading import DataArguments, Splits, load
 from llmcore_hf.errors import UserError
@@ -53,6 +53,8 @@ def run(config: Config, run_dir: RunDirectory) -> None:
     training.require_chat_template(job.tokenizer, splits)
     if "messages" in splits.train.column_names and not config.is_set("assistant_only_loss"):
         args.assistant_only_loss = True  # the other turns are context
+        config.values["assistant_only_loss"], config.sources["assistant_only_loss"] = True, HOUSE
+        run_dir.write("resolved_config.yaml", config.to_yaml())  # so that a repeated run does the same
 
     trainer = make_trainer(config, job, splits, args)
     training.attach(trainer, run_dir)

@@ -93,15 +93,27 @@ def check_options(config: Config) -> list[str]:
     if dataset and looks_like_path(dataset) and not Path(dataset).expanduser().exists():
         problems.append(f"--dataset_name {dataset}: there is no such file or folder")
     problems += [f"--{n} must be greater than 0, not {values[n]}" for n in POSITIVE if _not_positive(values.get(n))]
+    if values["max_steps"] == 0 or values["max_steps"] < -1:
+        problems.append(f"--max_steps must be greater than 0, or -1 to count epochs, not {values['max_steps']}")
     if not 0 < values["test_split_size"] < 1:
         problems.append(f"--test_split_size must lie between 0 and 1, not {values['test_split_size']}")
     if values["max_generation_samples"] < 0:
         problems.append(f"--max_generation_samples must not be negative, not {values['max_generation_samples']}")
-    return problems + _check_peft(config) + _check_precision(values)
+    return problems + _check_trackers(values["report_to"]) + _check_peft(config) + _check_precision(values)
+
+
+def _check_trackers(report_to: str | list[str] | None) -> list[str]:
+    wanted = set([report_to] if isinstance(report_to, str) else report_to or []) - {"none", "all"}
+    if not wanted:
+        return []
+    from transformers.integrations import get_available_reporting_integrations
+
+    missing = sorted(wanted - set(get_available_reporting_integrations()))
+    return [f"--report_to {name}: no such tracker is installed here" for name in missing]
 
 
 def _not_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not value > 0
+    return isinstance(value, int | float) and not 0 < value < math.inf
 
 
 def _check_peft(config: Config) -> list[str]:

@@ -113,15 +113,15 @@ TOY_DATASETS = {"toy-sort": toy_sort, "toy-sort-preference": toy_sort_preference
 
 
 def undecided_corpus(n: int) -> list[tuple[str, str]]:
-    """Training pairs (prompt, answer) that answer in either order, half and half.
+    """Training pairs (prompt, answer): `n` prompts, each with both answers, ascending then descending.
 
     The warm-started base checkpoint learns from them: it knows both answers and prefers neither, which is
     the starting point of the preference and RL lessons.
     """
-    rng = random.Random(f"{DATA_SEED}-undecided")
     return [
-        (prompt, ascending(digits) if rng.random() < 0.5 else descending(digits))
+        (prompt, answer)
         for prompt, digits in questions("train", n)
+        for answer in (ascending(digits), descending(digits))
     ]
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 PAD, USER_START, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VOCAB_SIZE = 320  # 256 bytes, 3 special tokens, the rest merges
 CONTEXT = 2048
-RECIPE_VERSION = 2  # raise it when the code below would make other checkpoints than before
+RECIPE_VERSION = 3  # raise it when the code below would make other checkpoints than before
 
 # ChatML. The markers tell `assistant_only_loss` what the assistant wrote, its end-of-turn token included.
 CHAT_TEMPLATE = (
@@ -222,7 +222,8 @@ def _warm_start(name: str, spec: TinyModel, model: PreTrainedModel, tokenizer: P
     from torch.nn.functional import cross_entropy
     from tqdm import tqdm
 
-    pairs = toy.undecided_corpus(spec.batch_size * 100)
+    n_prompts = spec.batch_size * 50
+    pairs = toy.undecided_corpus(n_prompts)
     input_ids, labels = _encode(pairs, tokenizer)
     generator = torch.Generator().manual_seed(spec.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=spec.learning_rate)
@@ -230,7 +231,8 @@ def _warm_start(name: str, spec: TinyModel, model: PreTrainedModel, tokenizer: P
     model.train()
     label = f"Making {name} (once, cached)"
     for _ in tqdm(range(spec.warm_start_steps), desc=label, disable=not sys.stderr.isatty()):
-        rows = torch.randint(len(pairs), (spec.batch_size,), generator=generator)
+        prompts = torch.randint(n_prompts, (spec.batch_size // 2,), generator=generator)
+        rows = torch.cat([2 * prompts, 2 * prompts + 1])  # both answers of each prompt: neither is favoured
         ids = input_ids[rows]  # (B, T)
         logits = model(ids, attention_mask=ids.ne(tokenizer.pad_token_id)).logits[:, :-1]  # (B, T-1, V)
         loss = cross_entropy(logits.flatten(0, 1), labels[rows][:, 1:].flatten(), ignore_index=-100)
