@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,16 +14,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ.update(OFFLINE)
+# Converted datasets go to a temporary folder, which goes when the tests end. `datasets` reads this when imported.
+_DATASETS_CACHE = tempfile.TemporaryDirectory(prefix="llmcore-tests-", ignore_cleanup_errors=True)
+os.environ["HF_DATASETS_CACHE"] = _DATASETS_CACHE.name
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def dataset_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Converted datasets of the tests go to a temporary folder."""
-    cache = tmp_path_factory.mktemp("datasets-cache")
-    os.environ["HF_DATASETS_CACHE"] = str(cache)
-    return cache
 
 
 @pytest.fixture(scope="session")

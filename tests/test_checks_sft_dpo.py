@@ -18,7 +18,6 @@ from llmcore_hf.alignment.training import Job, ModelArguments
 from llmcore_hf.checks import Check
 from llmcore_hf.data import toy
 from llmcore_hf.data.loading import DataArguments, Splits
-from llmcore_hf.errors import UserError
 from llmcore_hf.models import tiny
 
 OFF = {"report_to": "none", "use_cpu": True, "bf16": False, "activation_checkpointing": False, "disable_tqdm": True}
@@ -338,7 +337,7 @@ def test_the_loss_starts_at_ln_2(dpo_trainer: Any, job: Job) -> None:
     held_out = held_out_pairs(splits, job, trainer)
     before = held_out.measure(trainer, job, held_out.reference_likelihoods(trainer, job), 0.1)
     assert before.loss == pytest.approx(math.log(2), abs=1e-5)
-    assert statuses(dpo.start_checks(before, N)) == {
+    assert statuses(dpo.start_checks(before, True, splits)) == {
         "step0_loss_is_ln2": "pass",
         "chosen_differs_from_rejected": "pass",
     }
@@ -350,16 +349,18 @@ def test_a_reference_that_is_no_copy_is_noticed(dpo_trainer: Any, job: Job) -> N
     perturb(trainer.ref_model)
     held_out = held_out_pairs(splits, job, trainer)
     before = held_out.measure(trainer, job, held_out.reference_likelihoods(trainer, job), 0.1)
-    (check,) = [c for c in dpo.start_checks(before, N) if c.id == "dpo.step0_loss_is_ln2"]
+    (check,) = [c for c in dpo.start_checks(before, True, splits) if c.id == "dpo.step0_loss_is_ln2"]
     assert check.status(toy=False) == "fail" and check.kind == "invariant"
 
 
-def test_pairs_without_a_preference_are_refused() -> None:
+def test_pairs_without_a_preference_fail_the_run(dpo_trainer: Any, job: Job) -> None:
     rows = dpo_rows()
-    assert dpo.refuse_equal_pairs(splits_of(rows)) == N
+    splits = splits_of(rows)
+    held_out = held_out_pairs(splits, job, trainer := dpo_trainer(splits))
+    before = held_out.measure(trainer, job, None, 0.1)
     rows[7]["rejected"] = rows[7]["chosen"]
-    with pytest.raises(UserError, match=r"same in 1 row\(s\): 7"):
-        dpo.refuse_equal_pairs(splits_of(rows))
+    checks = statuses(dpo.start_checks(before, False, splits_of(rows)))
+    assert checks == {"step0_loss_is_ln2": "skip", "chosen_differs_from_rejected": "fail"}
 
 
 def by_hand(model: Any, job: Job, row: dict[str, Any], side: str) -> float:
@@ -469,7 +470,7 @@ def test_with_lora_the_reference_is_the_model_without_adapter(dpo_trainer: Any, 
     held_out = held_out_pairs(splits, job, trainer)
     reference = held_out.reference_likelihoods(trainer, job)
     before = held_out.measure(trainer, job, reference, 0.1)
-    assert statuses(dpo.start_checks(before, N))["step0_loss_is_ln2"] == "pass"
+    assert statuses(dpo.start_checks(before, True, splits))["step0_loss_is_ln2"] == "pass"
 
     perturb(trainer.model, only="lora_B")
     after = held_out.measure(trainer, job, reference, 0.1)

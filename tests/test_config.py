@@ -756,9 +756,17 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", [module.name for module in registry.MODULES])
-def test_lists_of_trackers_can_be_given(name: str) -> None:
+def test_lists_of_trackers_can_be_given(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = "transformers.integrations.get_available_reporting_integrations"
+    monkeypatch.setattr(installed, lambda: ["tensorboard", "wandb"])
     write("mine.yaml", "report_to: [tensorboard, wandb]\n")
     assert resolve("--module", name, "--toy", "--config", "mine.yaml").values["report_to"] == ["tensorboard", "wandb"]
+
+
+def test_a_tracker_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: ["wandb"])
+    with pytest.raises(ConfigError, match="--report_to tensorbord"):
+        resolve("--module", "dpo", "--toy", "--report_to", "tensorbord")
 
 
 def test_lora_options_reach_trls_model_config() -> None:

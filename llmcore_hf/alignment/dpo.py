@@ -75,7 +75,6 @@ def run(config: Config, run_dir: RunDirectory) -> None:
     job = training.prepare(config, config.part(ModelArguments), args)
     splits = load(data_args, "preference", args.seed, args.dataset_num_proc, args.load_best_model_at_end)
     training.require_chat_template(job.tokenizer, splits)
-    n_pairs = refuse_equal_pairs(splits)
 
     trainer = make_trainer(config, job, splits, args)
     training.attach(trainer, run_dir)
@@ -85,9 +84,10 @@ def run(config: Config, run_dir: RunDirectory) -> None:
 
     reference = held_out.reference_likelihoods(trainer, job)
     before = held_out.measure(trainer, job, reference, args.beta)
-    run_dir.checks += start_checks(before, n_pairs)
+    run_dir.checks += start_checks(before, reference is not None, splits)
     training.train(trainer, run_dir, args.resume_from_checkpoint)
-    after = held_out.measure(trainer, job, reference, args.beta)
+    # with --precompute_ref_log_probs no reference stays in memory: it is what the policy was
+    after = held_out.measure(trainer, job, reference or before.policy, args.beta)
 
     run_dir.summary["eval"] = block = evaluation.compare(before.metrics, after.metrics)
     run_dir.checks.append(reference_check(reference, held_out.reference_likelihoods(trainer, job), args))
@@ -121,28 +121,12 @@ def make_trainer(config: Config, job: Job, splits: Splits, args: DPOConfig) -> D
     return trainer
 
 
-def refuse_equal_pairs(splits: Splits) -> int:
-    """The number of training pairs, all of them different.
-
-    Raises:
-        UserError: chosen and rejected agree somewhere: such a pair holds no preference.
-    """
-    for name, rows in (("train", splits.train), ("test", splits.test)):
-        equal = [i for i, row in enumerate(rows) if row["chosen"] == row["rejected"]]
-        if equal:
-            shown = ", ".join(map(str, equal[:10]))
-            raise UserError(
-                f"{splits.source} ({name}): `chosen` and `rejected` are the same in {len(equal)} row(s): {shown}. "
-                "Such a pair holds no preference; remove it"
-            )
-    return len(splits.train)
-
-
 @dataclass
 class Measured:
     metrics: dict[str, Any]
     answers: evaluation.Answers | None
     loss: float  # of the sigmoid form, over the held-out pairs
+    policy: list[float]  # log-likelihoods of the rows
 
 
 @dataclass
@@ -151,6 +135,7 @@ class HeldOut:
 
     rows: list[evaluation.Encoded]
     prompts: list[evaluation.Text]
+    tools: list[Any]
     chosen_texts: list[str]
     rejected_texts: list[str]
     shares: dict[str, float | None]
@@ -173,6 +158,7 @@ class HeldOut:
         return cls(
             rows=sides[0] + sides[1],
             prompts=[row["prompt"] for row in asked],
+            tools=[row.get("tools") for row in asked],
             chosen_texts=[training.show_text(row["chosen"]) for row in asked],
             rejected_texts=[training.show_text(row["rejected"]) for row in asked],
             shares=training.token_shares(measured, args.max_length),
@@ -196,7 +182,7 @@ class HeldOut:
     def measure(self, trainer: DPOTrainer, job: Job, reference: list[float] | None, beta: float) -> Measured:
         """Preference metrics of the policy, and what it answers.
 
-        `reference` holds the log-likelihoods under the reference model from before training.
+        `reference` holds the log-likelihoods under the reference model; None stands for the policy itself.
         """
         from llmcore_hf.metrics import ExactMatch, Preference
 
@@ -214,16 +200,22 @@ class HeldOut:
         }
         loss = math.fsum(math.log1p(math.exp(-m)) if m > -30 else -m for m in margins) / n
         if not self.prompts:
-            return Measured(metrics, None, loss)
+            return Measured(metrics, None, loss, policy)
         answers = evaluation.generate(
-            trainer.model, job.tokenizer, self.prompts, self.max_new_tokens, self.batch_size, trainer.accelerator
+            trainer.model,
+            job.tokenizer,
+            self.prompts,
+            self.max_new_tokens,
+            self.batch_size,
+            trainer.accelerator,
+            self.tools,
         )
         for name, texts in (("chosen", self.chosen_texts), ("rejected", self.rejected_texts)):
             match = ExactMatch().compute(predictions=answers.texts, references=texts)
             metrics[f"completions/match_{name}"] = match["scores"]
         metrics["completions/terminated"] = [float(ended) for ended in answers.terminated]
         metrics["completions/mean_length"] = [float(n) for n in answers.n_tokens]
-        return Measured(metrics, answers, loss)
+        return Measured(metrics, answers, loss, policy)
 
 
 def _encode(row: dict[str, Any], job: Job) -> tuple[evaluation.Encoded, evaluation.Encoded]:
@@ -235,13 +227,15 @@ def _encode(row: dict[str, Any], job: Job) -> tuple[evaluation.Encoded, evaluati
     return evaluation.Encoded(chosen.ids, n_prompt), evaluation.Encoded(rejected.ids, n_prompt)
 
 
-def start_checks(before: Measured, n_pairs: int) -> list[Check]:
+def start_checks(before: Measured, has_reference: bool, splits: Splits) -> list[Check]:
+    """What must hold before the first step."""
+    n_equal = sum(row["chosen"] == row["rejected"] for rows in (splits.train, splits.test) for row in rows)
     return [
         Check(
             "dpo.step0_loss_is_ln2",
             "invariant",
-            abs(before.loss - math.log(2)) < TOLERANCE,
-            before.loss,
+            abs(before.loss - math.log(2)) < TOLERANCE if has_reference else None,
+            before.loss if has_reference else None,
             f"ln 2 = {math.log(2):.6f} within {TOLERANCE}",
             "训练前策略与参考模型相同，隐式奖励差为 0，-log sigmoid(0) = ln 2；不等说明参考模型不是策略的副本。",
             "Before training policy and reference agree, so the loss is -log sigmoid(0); if not, the reference is not "
@@ -250,8 +244,8 @@ def start_checks(before: Measured, n_pairs: int) -> list[Check]:
         Check(
             "dpo.chosen_differs_from_rejected",
             "invariant",
-            True,  # `refuse_equal_pairs` let all of them through
-            {"pairs": n_pairs, "equal": 0},
+            n_equal == 0,
+            {"pairs": len(splits.train) + len(splits.test), "equal": n_equal},
             "0 equal pairs",
             "chosen 与 rejected 相同的样本不含偏好信息，梯度为零。",
             "A pair whose answers agree holds no preference and gives no gradient.",
@@ -261,12 +255,14 @@ def start_checks(before: Measured, n_pairs: int) -> list[Check]:
 
 def reference_check(before: list[float] | None, after: list[float] | None, args: DPOConfig) -> Check:
     """The reference must give every held-out row exactly the likelihood it gave before training."""
-    known = before is not None and after is not None and not args.sync_ref_model
-    moved = max(abs(a - b) for a, b in zip(before or [], after or [], strict=True)) if known else None
+    passed = moved = None
+    if before is not None and after is not None and not args.sync_ref_model:
+        passed = all(a == b for a, b in zip(before, after, strict=True))
+        moved = max(abs(a - b) for a, b in zip(before, after, strict=True))
     return Check(
         "dpo.reference_did_not_move",
         "invariant",
-        None if moved is None else moved == 0.0,
+        passed,
         {"largest_change_in_log_likelihood": moved},
         "0: the reference is frozen",
         "参考模型必须冻结：它一动，KL 约束和隐式奖励就失去了意义。",

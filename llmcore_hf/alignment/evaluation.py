@@ -56,8 +56,14 @@ class Answers:
     terminated: list[bool]
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text, tools: Any = None) -> Encoded:
-    """Tokenize a row as the trainers do.
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Text,
+    completion: Text,
+    tools: Any = None,
+    chat_template: str | None = None,
+) -> Encoded:
+    """Tokenize a row as the trainers do; `chat_template` replaces the tokenizer's own.
 
     The completion begins where the ids of the prompt alone and of the whole row part. An end-of-sequence token is
     added to plain text; a chat template brings its own.
@@ -69,7 +75,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text, t
         prompt_ids, ids = tokenizer(prompt)["input_ids"], tokenizer(text)["input_ids"]
     else:
         assert isinstance(prompt, list)
-        template = {"tools": tools, "tokenize": True, "return_dict": True}
+        template = {"tools": tools, "chat_template": chat_template, "tokenize": True, "return_dict": True}
         prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **template)["input_ids"]
         ids = tokenizer.apply_chat_template(prompt + completion, **template)["input_ids"]
     shared = next((i for i, (a, b) in enumerate(zip(prompt_ids, ids, strict=False)) if a != b), len(prompt_ids))
@@ -134,13 +140,15 @@ def generate(
     max_new_tokens: int,
     batch_size: int,
     accelerator: Accelerator,
+    tools: Sequence[Any] | None = None,
 ) -> Answers:
-    """Greedy answers of `model` to the prompts, in the order of the prompts."""
+    """Greedy answers of `model` to the prompts, in the order of the prompts; `tools` are those of each prompt."""
+    asked = list(zip(prompts, tools or [None] * len(prompts), strict=True))
     found: list[tuple[int, tuple[str, int, bool]]] = []
     stops = _stop_ids(model, tokenizer)
     with evaluating(model):
         for batch in _batches(list(range(len(prompts))), batch_size, accelerator):
-            inputs = _encode_prompts(tokenizer, [prompts[i] for i in batch]).to(accelerator.device)
+            inputs = _encode_prompts(tokenizer, [asked[i] for i in batch]).to(accelerator.device)
             with accelerator.autocast():
                 output = model.generate(
                     **inputs,
@@ -166,11 +174,15 @@ def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set
     return {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
 
 
-def _encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[Text]) -> Any:
-    if isinstance(prompts[0], str):
-        return tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
-    texts = [tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) for p in prompts]
-    return tokenizer(texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
+def _encode_prompts(tokenizer: PreTrainedTokenizerBase, asked: list[tuple[Text, Any]]) -> Any:
+    options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    if isinstance(asked[0][0], str):
+        return tokenizer([prompt for prompt, _ in asked], **options)
+    texts = [
+        tokenizer.apply_chat_template(prompt, tools=tools, add_generation_prompt=True, tokenize=False)
+        for prompt, tools in asked
+    ]
+    return tokenizer(texts, add_special_tokens=False, **options)
 
 
 def _batches(order: list[int], batch_size: int, accelerator: Accelerator) -> Iterator[list[int]]:

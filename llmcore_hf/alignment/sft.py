@@ -8,6 +8,7 @@ token is the end of the turn: a model that never sees it in the labels never lea
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,9 @@ def run(config: Config, run_dir: RunDirectory) -> None:
     held_out = HeldOut.of(splits, job, args, data_args, trainer)
     run_dir.summary["data"] = training.describe_data(splits, trainer, held_out.shares, len(held_out.rows))
     run_dir.summary["model"] = training.describe_model(trainer, job)
-    run_dir.checks += label_checks(trainer, splits, job)
+    options = [name for name in ("completion_only_loss", "assistant_only_loss") if config.is_set(name)]
+    loss_on_prompt = any(config.values[name] is False for name in options)
+    run_dir.checks += label_checks(trainer, splits, job, loss_on_prompt)
 
     before = held_out.measure(trainer, job)
     training.train(trainer, run_dir, args.resume_from_checkpoint)
@@ -112,6 +115,7 @@ class HeldOut:
 
     rows: list[evaluation.Encoded]
     prompts: list[evaluation.Text]
+    tools: list[Any]
     references: list[str]
     shares: dict[str, float | None]
     max_new_tokens: int
@@ -132,6 +136,7 @@ class HeldOut:
         return cls(
             rows=[row for row in kept if row.n_completion],
             prompts=[prompt for prompt, _ in pairs],
+            tools=[splits.test[i].get("tools") for i in askable],
             references=[training.show_text(completion) for _, completion in pairs],
             shares=training.token_shares(measured, args.max_length),
             max_new_tokens=data_args.max_new_tokens,
@@ -149,7 +154,7 @@ class HeldOut:
         if not self.prompts:
             return Measured(metrics, None)
         answers = evaluation.generate(
-            model, job.tokenizer, self.prompts, self.max_new_tokens, self.batch_size, accelerator
+            model, job.tokenizer, self.prompts, self.max_new_tokens, self.batch_size, accelerator, self.tools
         )
         match = ExactMatch().compute(predictions=answers.texts, references=self.references)
         metrics["exact_match"] = match["scores"]
@@ -158,23 +163,25 @@ class HeldOut:
         return Measured(metrics, answers)
 
 
-def _encode(row: dict[str, Any], job: Job) -> evaluation.Encoded:
-    return evaluation.encode(job.tokenizer, *as_pair(row), tools=row.get("tools"))
+def _encode(row: dict[str, Any], job: Job, chat_template: str | None = None) -> evaluation.Encoded:
+    return evaluation.encode(job.tokenizer, *as_pair(row), tools=row.get("tools"), chat_template=chat_template)
 
 
-def label_checks(trainer: SFTTrainer, splits: Splits, job: Job) -> list[Check]:
-    """Look at the labels that the trainer's own collator makes, against a tokenization of our own."""
-    if trainer.args.packing or "text" in splits.train.column_names:
-        n_ends = n_leaks = n_rows = None
-    else:
-        n_rows = min(N_CHECKED, len(trainer.train_dataset))
-        n_ends, n_leaks = _count_labels(trainer, splits, job, n_rows)
+def label_checks(trainer: SFTTrainer, splits: Splits, job: Job, loss_on_prompt: bool = False) -> list[Check]:
+    """Look at the labels that the trainer's own collator makes, against a tokenization of our own.
+
+    `loss_on_prompt`: the user asked for it, so it is no fault.
+    """
+    seen = _look_at_labels(trainer, splits, job)
+    found = seen.rows > 0
+    # Plain text has no prompt, packing merges rows, and shuffling may leave none of the rows we looked at.
+    may_miss = "text" in splits.train.column_names or trainer.args.packing or trainer.args.shuffle_dataset
     return [
         Check(
             "sft.end_of_turn_is_trained",
             "invariant",
-            None if n_rows is None else n_ends == n_rows,
-            {"rows": n_rows, "with_end_of_turn": n_ends},
+            None if may_miss and not found else found and seen.rows == seen.with_end,
+            {"rows": seen.rows, "with_end_of_turn": seen.with_end},
             "the end-of-turn token is in the labels of every row that is not cut off",
             "标签里没有结束符，模型就学不会停下来，会一直生成到长度上限。",
             "Without the end-of-turn token in the labels the model never learns to stop.",
@@ -182,8 +189,8 @@ def label_checks(trainer: SFTTrainer, splits: Splits, job: Job) -> list[Check]:
         Check(
             "sft.prompt_carries_no_loss",
             "invariant",
-            None if n_rows is None else n_leaks == 0,
-            {"rows": n_rows, "prompt_tokens_with_loss": n_leaks},
+            None if loss_on_prompt or (may_miss and not found) else found and seen.prompt_tokens == 0,
+            {"rows": seen.rows, "prompt_tokens_with_loss": seen.prompt_tokens},
             "0 prompt tokens in the labels",
             "提示词是条件而不是目标：对它计算损失会让模型学着复述问题。",
             "The prompt is context, not target: loss on it teaches the model to repeat questions.",
@@ -191,25 +198,45 @@ def label_checks(trainer: SFTTrainer, splits: Splits, job: Job) -> list[Check]:
     ]
 
 
-def _count_labels(trainer: SFTTrainer, splits: Splits, job: Job, n_rows: int) -> tuple[int, int]:
-    """Rows whose labels hold the end of the last turn (or are cut off before it), and prompt tokens with loss."""
-    end = job.tokenizer.eos_token_id
-    n_ends = n_leaks = 0
-    for i in range(n_rows):
-        labels = trainer.data_collator([trainer.train_dataset[i]])["labels"][0].tolist()
-        row = _encode(splits.train[i], job)
-        was_cut = len(labels) < len(row.ids)
-        first = row.n_prompt if "messages" not in splits.train.column_names else _first_answer(splits.train[i], job)
-        n_ends += was_cut or end in [label for label in labels[row.n_prompt :] if label != IGNORED]
-        n_leaks += sum(label != IGNORED for label in labels[:first])
-    return n_ends, n_leaks
+@dataclass
+class LabelsSeen:
+    """What the labels of some training rows hold."""
+
+    rows: int = 0
+    with_end: int = 0  # rows whose labels hold the end of the last turn, or that are cut off before it
+    prompt_tokens: int = 0  # with loss
 
 
-def _first_answer(row: dict[str, Any], job: Job) -> int:
+def _look_at_labels(trainer: SFTTrainer, splits: Splits, job: Job) -> LabelsSeen:
+    """Compare rows of the trainer's dataset with our own tokenization of the same rows.
+
+    TRL leaves out rows whose prompt fills `max_length` and may shuffle, so rows are matched by their token ids.
+    """
+    seen, end = LabelsSeen(), job.tokenizer.eos_token_id
+    if "text" in splits.train.column_names or trainer.args.packing:
+        return seen
+    n_rows = training.N_MEASURED if trainer.args.shuffle_dataset else 4 * N_CHECKED
+    ours = {}
+    for row in itertools.islice(splits.train, n_rows):
+        encoded = _encode(row, job, trainer.chat_template)
+        ours[tuple(encoded.truncate(trainer.args.max_length).ids)] = encoded, row
+    for theirs in itertools.islice(trainer.train_dataset, n_rows):
+        if tuple(theirs["input_ids"]) in ours and seen.rows < N_CHECKED:
+            encoded, row = ours[tuple(theirs["input_ids"])]
+            labels = trainer.data_collator([theirs])["labels"][0].tolist()
+            start = _first_answer(row, job, trainer.chat_template) if "messages" in row else encoded.n_prompt
+            seen.rows += 1
+            seen.with_end += len(labels) < len(encoded.ids) or end in labels[encoded.n_prompt :]
+            seen.prompt_tokens += sum(label != IGNORED for label in labels[:start])
+    return seen
+
+
+def _first_answer(row: dict[str, Any], job: Job, chat_template: str | None) -> int:
     """Tokens before the first turn of the assistant, in a conversation of several turns."""
     turns = row["messages"]
     first = next(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
-    return evaluation.encode(job.tokenizer, turns[:first], turns[first : first + 1], tools=row.get("tools")).n_prompt
+    start = {"prompt": turns[:first], "completion": turns[first : first + 1], "tools": row.get("tools")}
+    return _encode(start, job, chat_template).n_prompt
 
 
 def learning_checks(block: dict[str, Any]) -> list[Check]:

@@ -95,6 +95,8 @@ def check_options(config: Config) -> list[str]:
     problems += [f"--{n} must be greater than 0, not {values[n]}" for n in POSITIVE if _not_positive(values.get(n))]
     if values["max_steps"] == 0 or values["max_steps"] < -1:
         problems.append(f"--max_steps must be greater than 0, or -1 to count epochs, not {values['max_steps']}")
+    if values["truncation_mode"] != "keep_start":
+        problems.append("--truncation_mode keep_end is on its way out of TRL and not supported here: use keep_start")
     if not 0 < values["test_split_size"] < 1:
         problems.append(f"--test_split_size must lie between 0 and 1, not {values['test_split_size']}")
     if values["max_generation_samples"] < 0:

@@ -179,23 +179,29 @@ def _from_alpaca(row: Row) -> Row:
 
 def _from_alpaca_preference(row: Row) -> Row:
     answers = {name: [_assistant(_text(row, name))] for name in ("chosen", "rejected")}
-    return {"prompt": _alpaca_prompt(row), **answers}
+    return {"prompt": _alpaca_prompt(row), **_different(answers)}
+
+
+def _different(answers: Row) -> Row:
+    if answers["chosen"] == answers["rejected"]:
+        raise FieldError("rejected", "is the same as `chosen`: such a pair holds no preference; remove it")
+    return answers
 
 
 def _from_sharegpt_preference(row: Row) -> Row:
     prompt = _with_system(row, _turns(row["conversations"], "conversations"))
     _ends_with(prompt, "user", "conversations")
     answers = {name: _ends_with([_turn(row[name], name)], "assistant", name) for name in ("chosen", "rejected")}
-    return {"prompt": prompt, **answers}
+    return {"prompt": prompt, **_different(answers)}
 
 
 def _from_preference(row: Row) -> Row:
     if isinstance(row["chosen"], list):
-        answers: Row = {name: _messages(row[name], name) for name in ("chosen", "rejected")}
+        answers = _different({name: _messages(row[name], name) for name in ("chosen", "rejected")})
         if not isinstance(row.get("prompt"), list):  # no prompt, or a plain copy of what chosen begins with
             return _keep_tools(row, _split_prompt(answers))
         return _keep_tools(row, {"prompt": _messages(row["prompt"], "prompt"), **answers})
-    texts = {name: _text(row, name) for name in ("chosen", "rejected")}
+    texts = _different({name: _text(row, name) for name in ("chosen", "rejected")})
     return {"prompt": _text(row, "prompt"), **texts} if "prompt" in row else _split_prompt(texts)
 
 
@@ -203,8 +209,6 @@ def _split_prompt(answers: Row) -> Row:
     """The prompt is what chosen and rejected have in common; TRL's own function takes it out."""
     from trl.data_utils import extract_prompt
 
-    if answers["chosen"] == answers["rejected"]:
-        raise FieldError("rejected", "is the same as `chosen`: there is no preference to learn")
     split: Row = extract_prompt(answers)
     if not split["prompt"]:
         raise FieldError("chosen", "has no beginning in common with `rejected`, so the prompt is unknown")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ from llmcore_hf.errors import UserError
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
+ROW = "__row__"
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 EXAMPLES = {"sft": "messages, prompt/completion, alpaca or text", "preference": "prompt/chosen/rejected"}
 
@@ -36,9 +39,9 @@ class DataArguments(ScriptArguments):
         default=0.1,
         metadata={"help": "Share of the training rows set aside for evaluation when there is no test split."},
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first N rows only."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on N rows only."})
     max_eval_samples: int | None = field(
-        default=500, metadata={"help": "Evaluate on the first N held-out rows only; `none` for all."}
+        default=500, metadata={"help": "Evaluate on N held-out rows only; `none` for all."}
     )
     max_generation_samples: int = field(
         default=64, metadata={"help": "Answer the first N held-out prompts, before and after training."}
@@ -77,9 +80,10 @@ def load(args: DataArguments, task: str, seed: int, num_proc: int | None = None,
         UserError: it cannot be read, has another format than the task needs, or a row is unusable.
     """
     name = str(args.dataset_name)
-    raw = _read(name, args.dataset_config)
+    raw = _number_rows(_read(name, args.dataset_config))
     splits = _choose_splits(raw, args, seed, chooses_best)
-    fmt = formats.detect(splits["train"].column_names, splits["train"][0], name)
+    columns = [column for column in splits["train"].column_names if column != ROW]
+    fmt = formats.detect(columns, splits["train"][0], name)
     if fmt.task != task:
         other = {"preference": "dpo", "sft": "sft"}[fmt.task]
         raise UserError(
@@ -89,7 +93,7 @@ def load(args: DataArguments, task: str, seed: int, num_proc: int | None = None,
     limits = {"train": args.max_train_samples, "validation": args.max_eval_samples, "test": args.max_eval_samples}
     chosen = {split: rows.select(range(min(limits[split] or len(rows), len(rows)))) for split, rows in splits.items()}
     converted = {split: _convert(rows, fmt, f"{name} ({split})", num_proc) for split, rows in chosen.items()}
-    return Splits(**converted, source=name, format=fmt.name, fingerprint=fingerprint(chosen["train"]))
+    return Splits(**converted, source=name, format=fmt.name, fingerprint=fingerprint(converted))
 
 
 def _read(name: str, config_name: str | None) -> DatasetDict:
@@ -118,6 +122,13 @@ def _read(name: str, config_name: str | None) -> DatasetDict:
     return DatasetDict({"train": loaded}) if isinstance(loaded, Dataset) else loaded
 
 
+def _number_rows(raw: DatasetDict) -> DatasetDict:
+    """Give every row its number in the file, counted from 0, for messages about it after rows have been shuffled."""
+    from datasets import DatasetDict
+
+    return DatasetDict({split: rows.add_column(ROW, range(len(rows))) for split, rows in raw.items()})
+
+
 def _innermost(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
@@ -130,6 +141,11 @@ def _choose_splits(raw: DatasetDict, args: DataArguments, seed: int, chooses_bes
         raise UserError(
             f"{args.dataset_name} has no split `{args.dataset_train_split}`, only {', '.join(raw)}: "
             f"choose one with --dataset_train_split"
+        )
+    if args.dataset_test_split not in raw and args.dataset_test_split != DataArguments.dataset_test_split:
+        raise UserError(
+            f"{args.dataset_name} has no split `{args.dataset_test_split}`, only {', '.join(raw)}: "
+            f"choose one with --dataset_test_split"
         )
     train = raw[args.dataset_train_split]
     if args.dataset_test_split in raw:
@@ -155,16 +171,15 @@ def _set_aside(rows: Dataset, args: DataArguments, seed: int) -> tuple[Dataset, 
 
 
 def _convert(rows: Dataset, fmt: formats.Format, where: str, num_proc: int | None) -> Dataset:
-    def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
+    def convert(row: dict[str, Any]) -> dict[str, Any]:
         try:
             return fmt.convert(row)
         except formats.FieldError as error:
-            raise UserError(f"{where}: row {index}: {error}") from None
+            raise UserError(f"{where}: row {row[ROW]}: {error}") from None
 
     # `datasets` keys its cache by the name of an imported function, not by its code: a cached result could be stale.
     return rows.map(
         convert,
-        with_indices=True,
         remove_columns=rows.column_names,
         num_proc=num_proc,
         load_from_cache_file=False,
@@ -172,11 +187,11 @@ def _convert(rows: Dataset, fmt: formats.Format, where: str, num_proc: int | Non
     )
 
 
-def fingerprint(rows: Dataset) -> str:
+def fingerprint(splits: Mapping[str, Dataset]) -> str:
     """A hash of the content: the same rows give the same fingerprint, wherever they were loaded from."""
-    import json
-
     digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, default=str, ensure_ascii=False).encode())
+    for name, rows in splits.items():
+        digest.update(name.encode())
+        for row in rows:
+            digest.update(json.dumps(row, sort_keys=True, default=str, ensure_ascii=False).encode())
     return digest.hexdigest()[:16]
