@@ -832,3 +832,11 @@ def test_a_repeated_run_decides_about_conversations_as_the_first_did(monkeypatch
         with pytest.raises(UserError, match="enough"):
             sft.run(resolved if isinstance(resolved, Config) else resolved(), run)  # type: ignore[arg-type]
     assert trained == [True, True, False]
+
+
+def test_a_misspelt_built_in_name_is_refused_with_a_suggestion() -> None:
+    argv = ["--module", "dpo", "--model_name_or_path", "tiny-gwen-base", "--dataset_name", "toy-sort-preferences"]
+    with pytest.raises(ConfigError) as caught:
+        resolve(*argv)
+    assert "did you mean `tiny-qwen-base`?" in str(caught.value)
+    assert "did you mean `toy-sort-preference`?" in str(caught.value)

@@ -51,13 +51,15 @@ def run(config: Config, run_dir: RunDirectory) -> None:
     data_args = config.part(DataArguments)
     job = training.prepare(config, config.part(ModelArguments), args)
     splits = load(data_args, "sft", args.seed, args.dataset_num_proc, args.load_best_model_at_end)
-    training.require_chat_template(job.tokenizer, splits)
+    if not args.chat_template_path:
+        training.require_chat_template(job.tokenizer, splits)
     if "messages" in splits.train.column_names and not config.is_set("assistant_only_loss"):
         args.assistant_only_loss = True  # the other turns are context
         config.values["assistant_only_loss"], config.sources["assistant_only_loss"] = True, HOUSE
         run_dir.write("resolved_config.yaml", config.to_yaml())  # so that a repeated run does the same
 
     trainer = make_trainer(config, job, splits, args)
+    job.tokenizer = trainer.processing_class  # with the template of --chat_template_path, when there is one
     training.attach(trainer, run_dir)
     held_out = HeldOut.of(splits, job, args, data_args, trainer)
     run_dir.summary["data"] = training.describe_data(splits, trainer, held_out.shares, len(held_out.rows))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ from llmcore_hf import distributed
 from llmcore_hf.alignment import evaluation
 from llmcore_hf.config import COMMAND_LINE, Config
 from llmcore_hf.data.loading import Splits, looks_like_path
+from llmcore_hf.data.toy import TOY_DATASETS
 from llmcore_hf.errors import UserError
 from llmcore_hf.models import loading, tiny
 from llmcore_hf.run_dir import Diverged, RunDirectory
@@ -88,6 +91,8 @@ def check_options(config: Config) -> list[str]:
         if not values[name]:
             problems.append(f"--{name} is missing (or --toy for the offline recipe)")
     model, dataset = values["model_name_or_path"], values["dataset_name"]
+    problems += _misspelt("model_name_or_path", model, "tiny-", tiny.TINY_MODELS)
+    problems += _misspelt("dataset_name", dataset, "toy-", TOY_DATASETS)
     if model and model not in tiny.TINY_MODELS and looks_like_path(model) and not Path(model).expanduser().is_dir():
         problems.append(f"--model_name_or_path {model}: there is no such folder")
     if dataset and looks_like_path(dataset) and not Path(dataset).expanduser().exists():
@@ -102,6 +107,15 @@ def check_options(config: Config) -> list[str]:
     if values["max_generation_samples"] < 0:
         problems.append(f"--max_generation_samples must not be negative, not {values['max_generation_samples']}")
     return problems + _check_trackers(values["report_to"]) + _check_peft(config) + _check_precision(values)
+
+
+def _misspelt(option: str, name: str | None, prefix: str, built_in: Iterable[str]) -> list[str]:
+    """A name that can only mean something built in, and does not."""
+    if not name or not name.startswith(prefix) or name in built_in or Path(name).exists():
+        return []
+    near = difflib.get_close_matches(name, built_in, n=1)
+    hint = f" (did you mean `{near[0]}`?)" if near else ""
+    return [f"--{option} {name} is not one of {', '.join(built_in)}{hint}"]
 
 
 def _check_trackers(report_to: str | list[str] | None) -> list[str]:
