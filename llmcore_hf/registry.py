@@ -14,8 +14,9 @@ from llmcore_hf.errors import ConfigError
 class Module:
     """One lesson and training job.
 
-    The code behind `code` offers three functions: `argument_classes()` gives the dataclasses of its options,
-    `check(values)` names impossible combinations, `run(config, run_dir)` does the work.
+    The code behind `code` offers four functions: `argument_classes()` gives the dataclasses of its options,
+    `house_defaults(explicit)` the defaults that depend on the machine, `check(config)` names impossible combinations,
+    and `run(config, run_dir)` does the work.
     """
 
     name: str

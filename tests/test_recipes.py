@@ -14,7 +14,8 @@ from llmcore_hf.errors import ConfigError
 
 RECIPES = sorted(p.relative_to(resources.path("recipes")) for p in resources.path("recipes").rglob("*.yaml"))
 TOYS = [p for p in RECIPES if p.name == "toy.yaml"]
-REAL = [p for p in RECIPES if p.name != "toy.yaml"]
+TOY_VARIANTS = [p for p in RECIPES if p.name.startswith("toy-")]
+REAL = [p for p in RECIPES if p not in TOYS + TOY_VARIANTS]
 QLORA = [p for p in REAL if "qlora" in p.stem]
 ACCELERATE = sorted(p.name for p in resources.path("accelerate_configs").glob("*.yaml"))
 
@@ -59,8 +60,9 @@ def test_all_keys_of_a_recipe_are_known_and_all_values_have_their_type(recipe: P
     options = Options(registry.get(recipe.parent.name).load().argument_classes())
     problems: list[str] = []
     values = options.from_yaml(full_path(recipe), str(recipe), problems)
-    assert not problems and set(values) == set(document(recipe))
-    for name, written in document(recipe).items():
+    written_options = {name: value for name, value in document(recipe).items() if name not in ("module", "toy")}
+    assert not problems and set(values) == set(written_options)
+    for name, written in written_options.items():
         assert type(values[name]) is type(written) or isinstance(values[name], float), (name, written)
         assert values[name] == written
 
@@ -80,6 +82,14 @@ def test_a_toy_recipe_needs_nothing_from_elsewhere(recipe: Path) -> None:
     values = document(recipe)
     assert values["model_name_or_path"] in TINY_MODELS and values["dataset_name"] in TOY_DATASETS
     assert 0 < values["max_steps"] <= 500
+
+
+@pytest.mark.parametrize("recipe", TOY_VARIANTS, ids=str)
+def test_a_variant_of_a_toy_recipe_resolves_by_itself(recipe: Path) -> None:
+    request = config.read_request(["--config", str(full_path(recipe))])
+    resolved = config.resolve(registry.get(str(request.module)), request)
+    assert resolved.module == recipe.parent.name and resolved.toy
+    assert resolved.values["use_peft"] is True and resolved.values["dataset_name"].startswith("toy-")
 
 
 @pytest.mark.parametrize("recipe", [r for r in REAL if r not in QLORA], ids=str)

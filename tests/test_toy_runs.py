@@ -220,6 +220,14 @@ def test_real_data_runs_to_the_end(monkeypatch, tmp_path: Path, module, file, de
     assert {check["status"] for check in summary["checks"] if check["kind"] == "invariant"} == {"pass"}
 
 
+def test_toy_recipe_with_lora_learns(monkeypatch, tmp_path: Path) -> None:
+    code, summary = run_here(monkeypatch, tmp_path, "--config", str(ROOT / "recipes" / "dpo" / "toy-lora.yaml"))
+    assert code == 0, summary["error"]
+    assert summary["model"]["peft"] == "LoraConfig"
+    assert summary["eval"]["after"]["preference_accuracy"] >= 0.9
+    assert summary["eval"]["delta"]["completions/match_chosen"] >= 0.30
+
+
 def test_toy_that_does_not_learn_fails(monkeypatch, tmp_path: Path) -> None:
     code, summary = run_here(monkeypatch, tmp_path, "--module", "dpo", "--toy", *SHORT, *FEW, "--learning_rate", "1e-9")
     assert code == 1 and summary["status"] == "failed"
