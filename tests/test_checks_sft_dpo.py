@@ -246,9 +246,10 @@ def test_shuffled_training_rows_pass(sft_trainer: Any, job: Job) -> None:
     assert set(statuses(sft.label_checks(trainer, splits, job)).values()) == {"pass"}
 
 
-def test_text_has_no_prompt_to_check(sft_trainer: Any, job: Job) -> None:
+def test_plain_text_has_an_end_but_no_prompt_to_check(sft_trainer: Any, job: Job) -> None:
     splits = splits_of([{"text": "Sort: 31"}] * 4)
-    assert set(statuses(sft.label_checks(sft_trainer(splits), splits, job)).values()) == {"skip"}
+    checks = statuses(sft.label_checks(sft_trainer(splits), splits, job))
+    assert checks == {"end_of_turn_is_trained": "pass", "prompt_carries_no_loss": "skip"}
 
 
 def test_rows_left_out_are_counted(sft_trainer: Any, job: Job, capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,10 +92,8 @@ def run(config: Config, run_dir: RunDirectory) -> None:
     run_dir.summary["eval"] = block = evaluation.compare(before.metrics, after.metrics)
     run_dir.checks.append(reference_check(reference, held_out.reference_likelihoods(trainer, job), args))
     run_dir.checks += learning_checks(block)
-    if before.answers and after.answers:
-        run_dir.summary["samples"] = training.samples(
-            held_out.prompts, held_out.chosen_texts, before.answers, after.answers
-        )
+    shown = "completions/match_chosen"
+    run_dir.summary["samples"] = training.samples(held_out.questions, shown, before.answers, after.answers)
     training.append_to_model_card(run_dir, job, splits)
     run_dir.write("training_curves.png", draw_curves(run_dir, job, splits))
 
@@ -134,13 +132,8 @@ class HeldOut:
     """The pairs that are evaluated before and after, tokenized once: N chosen rows, then N rejected rows."""
 
     rows: list[evaluation.Encoded]
-    prompts: list[evaluation.Text]
-    tools: list[Any]
-    chosen_texts: list[str]
-    rejected_texts: list[str]
+    questions: evaluation.Questions
     shares: dict[str, float | None]
-    max_new_tokens: int
-    batch_size: int
 
     @classmethod
     def of(cls, splits: Splits, job: Job, args: DPOConfig, data_args: DataArguments, trainer: DPOTrainer) -> HeldOut:
@@ -157,13 +150,17 @@ class HeldOut:
         measured = [encoded for row in first_rows for encoded in _encode(row, job)]
         return cls(
             rows=sides[0] + sides[1],
-            prompts=[row["prompt"] for row in asked],
-            tools=[row.get("tools") for row in asked],
-            chosen_texts=[training.show_text(row["chosen"]) for row in asked],
-            rejected_texts=[training.show_text(row["rejected"]) for row in asked],
+            questions=evaluation.Questions(
+                prompts=[row["prompt"] for row in asked],
+                tools=[row.get("tools") for row in asked],
+                references={
+                    f"completions/match_{side}": [training.show_text(row[side]) for row in asked]
+                    for side in ("chosen", "rejected")
+                },
+                max_new_tokens=data_args.max_new_tokens,
+                batch_size=args.per_device_eval_batch_size,
+            ),
             shares=training.token_shares(measured, args.max_length),
-            max_new_tokens=data_args.max_new_tokens,
-            batch_size=args.per_device_eval_batch_size,
         )
 
     def reference_likelihoods(self, trainer: DPOTrainer, job: Job) -> list[float] | None:
@@ -176,15 +173,15 @@ class HeldOut:
             return self._logprobs(trainer.model, trainer, job)
 
     def _logprobs(self, model: Any, trainer: DPOTrainer, job: Job) -> list[float]:
-        pad = job.tokenizer.pad_token_id
-        return evaluation.likelihoods(model, self.rows, pad, self.batch_size, trainer.accelerator).logprobs
+        pad, batch_size = job.tokenizer.pad_token_id, self.questions.batch_size
+        return evaluation.likelihoods(model, self.rows, pad, batch_size, trainer.accelerator).logprobs
 
     def measure(self, trainer: DPOTrainer, job: Job, reference: list[float] | None, beta: float) -> Measured:
         """Preference metrics of the policy, and what it answers.
 
         `reference` holds the log-likelihoods under the reference model; None stands for the policy itself.
         """
-        from llmcore_hf.metrics import ExactMatch, Preference
+        from llmcore_hf.metrics import Preference
 
         policy = self._logprobs(trainer.model, trainer, job)
         start = policy if reference is None else reference
@@ -199,23 +196,8 @@ class HeldOut:
             "logps/rejected": rejected,
         }
         loss = math.fsum(math.log1p(math.exp(-m)) if m > -30 else -m for m in margins) / n
-        if not self.prompts:
-            return Measured(metrics, None, loss, policy)
-        answers = evaluation.generate(
-            trainer.model,
-            job.tokenizer,
-            self.prompts,
-            self.max_new_tokens,
-            self.batch_size,
-            trainer.accelerator,
-            self.tools,
-        )
-        for name, texts in (("chosen", self.chosen_texts), ("rejected", self.rejected_texts)):
-            match = ExactMatch().compute(predictions=answers.texts, references=texts)
-            metrics[f"completions/match_{name}"] = match["scores"]
-        metrics["completions/terminated"] = [float(ended) for ended in answers.terminated]
-        metrics["completions/mean_length"] = [float(n) for n in answers.n_tokens]
-        return Measured(metrics, answers, loss, policy)
+        answers, answer_metrics = self.questions.ask(trainer.model, job.tokenizer, trainer.accelerator)
+        return Measured({**metrics, **answer_metrics}, answers, loss, policy)
 
 
 def _encode(row: dict[str, Any], job: Job) -> tuple[evaluation.Encoded, evaluation.Encoded]:

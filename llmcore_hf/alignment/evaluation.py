@@ -168,6 +168,39 @@ def generate(
     return Answers(list(texts), list(lengths), list(ended_flags))
 
 
+@dataclass
+class Questions:
+    """Held-out prompts that the model is asked before and after training, and what the answers are compared with.
+
+    `references` maps the name of a metric to one text per prompt; the metric is the share of answers equal to it.
+    """
+
+    prompts: list[Text]
+    tools: list[Any]
+    references: dict[str, list[str]]
+    max_new_tokens: int
+    batch_size: int
+
+    def ask(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
+    ) -> tuple[Answers | None, dict[str, list[float]]]:
+        """The answers, and per metric one value per prompt; nothing when there are no prompts."""
+        from llmcore_hf.metrics import ExactMatch
+
+        if not self.prompts:
+            return None, {}
+        answers = generate(
+            model, tokenizer, self.prompts, self.max_new_tokens, self.batch_size, accelerator, self.tools
+        )
+        metrics = {
+            name: ExactMatch().compute(predictions=answers.texts, references=texts)["scores"]
+            for name, texts in self.references.items()
+        }
+        metrics["completions/terminated"] = [float(ended) for ended in answers.terminated]
+        metrics["completions/mean_length"] = [float(n) for n in answers.n_tokens]
+        return answers, metrics
+
+
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     configured = model.generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]

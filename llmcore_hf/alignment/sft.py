@@ -74,10 +74,7 @@ def run(config: Config, run_dir: RunDirectory) -> None:
 
     run_dir.summary["eval"] = block = evaluation.compare(before.metrics, after.metrics)
     run_dir.checks += learning_checks(block)
-    if after.answers and before.answers:
-        run_dir.summary["samples"] = training.samples(
-            held_out.prompts, held_out.references, before.answers, after.answers
-        )
+    run_dir.summary["samples"] = training.samples(held_out.questions, "exact_match", before.answers, after.answers)
     training.append_to_model_card(run_dir, job, splits)
     run_dir.write("training_curves.png", draw_curves(run_dir, job, splits))
 
@@ -116,12 +113,8 @@ class HeldOut:
     """The rows that are evaluated before and after, tokenized once."""
 
     rows: list[evaluation.Encoded]
-    prompts: list[evaluation.Text]
-    tools: list[Any]
-    references: list[str]
+    questions: evaluation.Questions
     shares: dict[str, float | None]
-    max_new_tokens: int
-    batch_size: int
 
     @classmethod
     def of(cls, splits: Splits, job: Job, args: SFTConfig, data_args: DataArguments, trainer: SFTTrainer) -> HeldOut:
@@ -131,38 +124,29 @@ class HeldOut:
             raise UserError(f"--max_length {args.max_length} leaves no answer in any held-out row of {splits.source}")
         limit = training.prompt_limit(trainer, args.max_length, data_args.max_new_tokens)
         askable = [i for i, row in enumerate(rows) if 0 < row.n_prompt <= limit][: data_args.max_generation_samples]
-        pairs = [as_pair(splits.test[i]) for i in askable]
-        measured = [
-            _encode(row, job) for row in splits.train.select(range(min(len(splits.train), training.N_MEASURED)))
-        ]
+        asked = [splits.test[i] for i in askable]
+        first_rows = splits.train.select(range(min(len(splits.train), training.N_MEASURED)))
         return cls(
             rows=[row for row in kept if row.n_completion],
-            prompts=[prompt for prompt, _ in pairs],
-            tools=[splits.test[i].get("tools") for i in askable],
-            references=[training.show_text(completion) for _, completion in pairs],
-            shares=training.token_shares(measured, args.max_length),
-            max_new_tokens=data_args.max_new_tokens,
-            batch_size=args.per_device_eval_batch_size,
+            questions=evaluation.Questions(
+                prompts=[as_pair(row)[0] for row in asked],
+                tools=[row.get("tools") for row in asked],
+                references={"exact_match": [training.show_text(as_pair(row)[1]) for row in asked]},
+                max_new_tokens=data_args.max_new_tokens,
+                batch_size=args.per_device_eval_batch_size,
+            ),
+            shares=training.token_shares([_encode(row, job) for row in first_rows], args.max_length),
         )
 
     def measure(self, trainer: SFTTrainer, job: Job) -> Measured:
-        from llmcore_hf.metrics import ExactMatch, Perplexity
+        from llmcore_hf.metrics import Perplexity
 
         model, accelerator = trainer.model, trainer.accelerator
-        pad = job.tokenizer.pad_token_id
-        found = evaluation.likelihoods(model, self.rows, pad, self.batch_size, accelerator)
+        pad, batch_size = job.tokenizer.pad_token_id, self.questions.batch_size
+        found = evaluation.likelihoods(model, self.rows, pad, batch_size, accelerator)
         text = Perplexity().compute(predictions=found.logprobs, references=found.n_tokens)
-        metrics: dict[str, Any] = {"perplexity": (text["perplexity"], len(self.rows))}
-        if not self.prompts:
-            return Measured(metrics, None)
-        answers = evaluation.generate(
-            model, job.tokenizer, self.prompts, self.max_new_tokens, self.batch_size, accelerator, self.tools
-        )
-        match = ExactMatch().compute(predictions=answers.texts, references=self.references)
-        metrics["exact_match"] = match["scores"]
-        metrics["completions/terminated"] = [float(ended) for ended in answers.terminated]
-        metrics["completions/mean_length"] = [float(n) for n in answers.n_tokens]
-        return Measured(metrics, answers)
+        answers, metrics = self.questions.ask(model, job.tokenizer, accelerator)
+        return Measured({"perplexity": (text["perplexity"], len(self.rows)), **metrics}, answers)
 
 
 def _encode(row: dict[str, Any], job: Job, chat_template: str | None = None) -> evaluation.Encoded:
@@ -176,8 +160,8 @@ def label_checks(trainer: SFTTrainer, splits: Splits, job: Job, loss_on_prompt: 
     """
     seen = _look_at_labels(trainer, splits, job)
     found = seen.rows > 0
-    # Plain text has no prompt, packing merges rows, and shuffling may leave none of the rows we looked at.
-    may_miss = "text" in splits.train.column_names or trainer.args.packing or trainer.args.shuffle_dataset
+    may_miss = trainer.args.packing or trainer.args.shuffle_dataset  # none of the rows that we tokenized
+    no_prompt = "text" in splits.train.column_names
     return [
         Check(
             "sft.end_of_turn_is_trained",
@@ -191,7 +175,7 @@ def label_checks(trainer: SFTTrainer, splits: Splits, job: Job, loss_on_prompt: 
         Check(
             "sft.prompt_carries_no_loss",
             "invariant",
-            None if loss_on_prompt or (may_miss and not found) else found and seen.prompt_tokens == 0,
+            None if no_prompt or loss_on_prompt or (may_miss and not found) else found and seen.prompt_tokens == 0,
             {"rows": seen.rows, "prompt_tokens_with_loss": seen.prompt_tokens},
             "0 prompt tokens in the labels",
             "提示词是条件而不是目标：对它计算损失会让模型学着复述问题。",
@@ -215,7 +199,7 @@ def _look_at_labels(trainer: SFTTrainer, splits: Splits, job: Job) -> LabelsSeen
     TRL leaves out rows whose prompt fills `max_length` and may shuffle, so rows are matched by their token ids.
     """
     seen, end = LabelsSeen(), job.tokenizer.eos_token_id
-    if "text" in splits.train.column_names or trainer.args.packing:
+    if trainer.args.packing:
         return seen
     n_rows = training.N_MEASURED if trainer.args.shuffle_dataset else 4 * N_CHECKED
     ours = {}

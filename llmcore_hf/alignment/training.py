@@ -392,12 +392,19 @@ def show_text(text: evaluation.Text) -> str:
     return "\n".join(f"{message['role']}: {message.get('content')}" for message in text)
 
 
-def samples(prompts: list, references: list[str], before: evaluation.Answers, after: evaluation.Answers) -> list[dict]:
-    """The first few prompts with the answers before and after."""
-    rows = zip(prompts, references, before.texts, after.texts, strict=True)
+def samples(
+    questions: evaluation.Questions,
+    reference: str,
+    before: evaluation.Answers | None,
+    after: evaluation.Answers | None,
+) -> list[dict[str, str]]:
+    """The first few prompts with their reference and the answers before and after."""
+    if before is None or after is None:
+        return []
+    rows = zip(questions.prompts, questions.references[reference], before.texts, after.texts, strict=True)
     return [
-        {"prompt": show_text(prompt), "reference": reference, "before": first, "after": last}
-        for prompt, reference, first, last in list(rows)[:N_SAMPLES]
+        {"prompt": show_text(prompt), "reference": expected, "before": first, "after": last}
+        for prompt, expected, first, last in list(rows)[:N_SAMPLES]
     ]
 
 
