@@ -199,7 +199,7 @@ def _unique(problems: list[str]) -> list[str]:
     return list(dict.fromkeys(problems))
 
 
-class _RefuseToGuess(Exception):
+class _Refused(Exception):
     """What argparse would print before leaving the process."""
 
 
@@ -243,25 +243,30 @@ class Options:
                 problems.append(f"{shown}: an `env:` block is not accepted: set environment variables in the shell")
             elif name not in self.fields:
                 problems.append(f"{shown}: unknown key `{name}`{self._suggestion(str(name))}")
-            elif self._is_default(name, value):
-                values[name] = self.defaults[name]
-            elif value is None and type(None) not in get_args(self.hints[name]):
-                problems.append(f"{shown}: `{name}` may not be null")
-            elif value is None or (isinstance(value, dict) and "dict" in str(self.hints[name])):
-                values[name] = value
-            elif problem := self._wrong_kind(name, value):
-                problems.append(f"{shown}: `{name}` {problem}")
-            elif isinstance(value, list) and (not value or self._is_text_list(name)):
-                values[name] = value
-            elif isinstance(value, list):
-                items: list[dict[str, Any]] = [{} for _ in value]
-                for item, read in zip(value, items, strict=True):  # one by one: `-1e-3` looks like an option
-                    self._read(name, name, [f"--{name}={item}"], shown, read, problems)
-                if all(items):
-                    values[name] = [x for read in items for x in read[name]]
             else:
-                self._read(name, name, [f"--{name}={value}"], shown, values, problems)
+                self._read_yaml(name, value, shown, values, problems)
         return values
+
+    def _read_yaml(self, name: str, value: Any, shown: str, values: dict[str, Any], problems: list[str]) -> None:
+        """Read one value of a YAML file: check its kind here, and let the parser check what a text can say."""
+        if self._is_default(name, value):
+            values[name] = self.defaults[name]
+        elif value is None and type(None) not in get_args(self.hints[name]):
+            problems.append(f"{shown}: `{name}` may not be null")
+        elif value is None or (isinstance(value, dict) and "dict" in str(self.hints[name])):
+            values[name] = value
+        elif problem := self._wrong_kind(name, value):
+            problems.append(f"{shown}: `{name}` {problem}")
+        elif isinstance(value, list) and (not value or self._is_text_list(name)):
+            values[name] = value
+        elif isinstance(value, list):
+            items: list[dict[str, Any]] = [{} for _ in value]
+            for item, read in zip(value, items, strict=True):  # one by one: `-1e-3` looks like an option
+                self._read(name, name, [f"--{name}={item}"], shown, read, problems)
+            if all(items):
+                values[name] = [x for read in items for x in read[name]]
+        else:
+            self._read(name, name, [f"--{name}={value}"], shown, values, problems)
 
     def build(self, values: dict[str, Any], problems: list[str]) -> Iterator[Any]:
         """Instances of the dataclasses; what a `__post_init__` refuses is appended to `problems`."""
@@ -279,7 +284,7 @@ class Options:
         where = "" if source == COMMAND_LINE else f"{source}: "
         try:
             namespace, extra = self.parser.parse_known_args(tokens)
-        except _RefuseToGuess as error:
+        except _Refused as error:
             message = re.sub(r"^argument [^:]*: ", "", str(error))
             problems.append(f"{where}`{name}`: {message}{self._nearest_choice(dest, tokens)}")
             return
@@ -340,7 +345,7 @@ def _make_parser(classes: tuple[type, ...]) -> Any:
 
     class Parser(TrlParser):
         def error(self, message: str) -> Any:
-            raise _RefuseToGuess(message)
+            raise _Refused(message)
 
     return Parser(classes, allow_abbrev=False, add_help=False)
 
