@@ -31,7 +31,7 @@ def plain(module: str, seed: int) -> dict[str, Any]:
 
 def wrapped(module: str, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        options = ["--eval_strategy", "no", "--eval_on_start", "false", "--output_dir", f"{folder}/run"]
+        options = ["--eval_strategy", "no", "--output_dir", f"{folder}/run"]
         command = [sys.executable, str(ROOT / "run.py"), "--module", module, "--toy", "--seed", str(seed), *options]
         subprocess.run(command, capture_output=True, check=True)
         lines = Path(folder, "run", "log_history.jsonl").read_text(encoding="utf-8").splitlines()

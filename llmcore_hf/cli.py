@@ -44,6 +44,9 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         _print_error(str(error))
         return error.exit_code
+    except ImportError as error:
+        _print_error(f"{error}. Install what this project needs: pip install -c constraints.txt -e .")
+        return 1
     except KeyboardInterrupt:
         _print_error("interrupted")
         return 130

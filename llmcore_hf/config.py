@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from llmcore_hf import resources
-from llmcore_hf.errors import ConfigError, UserError
+from llmcore_hf.errors import ConfigError
 from llmcore_hf.registry import Module
 
 T = TypeVar("T")
@@ -126,8 +126,9 @@ def read_request(argv: list[str]) -> Request:
     while tokens:
         token = tokens.pop(0)
         name, has_value, value = token.partition("=")
-        if name == "--toy" and not has_value:
+        if name == "--toy":
             request.toy = True
+            problems += ["--toy takes no value"] if has_value else []
         elif name in ("--module", "--config"):
             if not has_value and tokens and not tokens[0].startswith("--"):
                 value = tokens.pop(0)
@@ -415,13 +416,10 @@ def read_yaml(path: Path) -> dict[Any, Any]:
         raise ConfigError([f"there is no config file {path}"]) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"{path} cannot be read: {error}"]) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the last two from odd dates and deep nesting
         raise ConfigError([f"{path} is not valid YAML: {' '.join(str(error).split())}"]) from None
     if document is None:
         return {}
     if not isinstance(document, dict):
         raise ConfigError([f"{path} must be a mapping of options (`key: value`), not a {type(document).__name__}"])
     return document
-
-
-__all__ = ["Config", "ConfigError", "Options", "Request", "RunArguments", "UserError", "read_request", "resolve"]

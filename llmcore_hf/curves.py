@@ -40,7 +40,8 @@ def draw(title: str, history: list[dict[str, Any]], panels: list[Panel], bars: d
     columns = min(count, 2) or 1
     rows = -(-count // columns) or 1
     figure, axes = plt.subplots(rows, columns, figsize=(6.2 * columns, 3.9 * rows), squeeze=False, layout="constrained")
-    figure.suptitle(title, fontsize=13, fontweight="bold")
+    # The bundled font has no CJK glyphs: what it cannot draw becomes a question mark, not an empty box.
+    figure.suptitle(title.encode("ascii", "replace").decode(), fontsize=13, fontweight="bold")
     flat = list(axes.flat)
     for axis, panel in zip(flat, panels, strict=False):
         _draw_panel(axis, panel, history)
@@ -88,4 +89,4 @@ def _draw_bars(axis: Any, bars: dict[str, tuple[float, float]]) -> None:
     axis.set_xlabel("share of held-out rows")
     axis.set_title("Before and after, held-out test rows", fontsize=11)
     axis.grid(axis="x", alpha=0.25)
-    axis.legend(fontsize=9, frameon=False, loc="lower right")
+    axis.legend(fontsize=9, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncol=2)

@@ -47,6 +47,6 @@ def get(name: str) -> Module:
         if module.name == name:
             return module
     names = [module.name for module in MODULES]
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
     hint = f" Did you mean `{close[0]}`?" if close else ""
     raise ConfigError([f"there is no module `{name}`.{hint} `--list` shows: {', '.join(names)}"])

@@ -24,11 +24,12 @@ from typing import Any
 
 from llmcore_hf import distributed, environment, resources
 from llmcore_hf.checks import Check
-from llmcore_hf.config import NOT_REPEATED, Config
+from llmcore_hf.config import Config, read_yaml
 from llmcore_hf.errors import ConfigError, UserError
 from llmcore_hf.registry import Module
 
 SCHEMA_VERSION = 1
+LAST = ("last", "true")  # values of --resume_from_checkpoint that mean the newest one
 UNFINISHED = "The run has not come to its end: it is still going on, or it was killed."
 # Bookkeeping in the log history that is no metric of the method.
 NOT_METRICS = ("step", "epoch", "total_flos", "train_loss", "num_tokens", "learning_rate", "grad_norm")
@@ -82,6 +83,13 @@ class RunDirectory:
             with open(self.path / "log_history.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
 
+    def rewind(self, step: int) -> None:
+        """Take up the history of the run that is resumed, up to `step`; what came after is trained again."""
+        file = self.path / "log_history.jsonl"
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+        self.history = [row for row in rows if row["step"] <= step]
+        self.write(file.name, "".join(json.dumps(row) + "\n" for row in self.history))
+
     def write_summary(self, status: str, error: str | None) -> None:
         """Write `summary.json`. Raises `jsonschema.ValidationError` when it breaks the shipped schema."""
         if not distributed.is_main_process():
@@ -133,6 +141,8 @@ def execute(module: Module, config: Config, argv: list[str]) -> int:
         if hasattr(part, "output_dir"):
             part.output_dir = str(path)
     run = RunDirectory(path, module, config, argv)
+    if distributed.is_main_process():
+        (path / "traceback.txt").unlink(missing_ok=True)  # of the run that is resumed
     run.write("resolved_config.yaml", config.to_yaml())
     run.write_summary("interrupted", UNFINISHED)
     status, error, code = _guarded(lambda: module.load().run(config, run), run)
@@ -154,6 +164,8 @@ def _guarded(work: Callable[[], None], run: RunDirectory) -> tuple[str, str | No
     except Diverged as error:
         return "diverged", str(error), 1
     except UserError as error:
+        if error.__cause__ is not None:
+            run.write("traceback.txt", traceback.format_exc())
         return "failed", str(error), error.exit_code
     except Exception as error:
         run.write("traceback.txt", traceback.format_exc())
@@ -188,18 +200,47 @@ def prepare_directory(module: str, config: Config) -> Path:
             path = Path(given).expanduser().resolve() if Path(given).is_symlink() else Path(given).expanduser()
             _keep_inputs(path, config)
             _clear_for_use(path, overwrite=config.values["overwrite_output_dir"], resume=bool(resume))
+        elif resume and resume.lower() in LAST:
+            path = (root / "latest").resolve()
         elif resume:
-            path = Path(resume).expanduser().parent if Path(resume).is_dir() else root / "latest"
-            if not path.is_dir():
-                raise ConfigError([f"--resume_from_checkpoint {resume}: there is no such checkpoint and no {path}"])
-            path = path.resolve()
+            path = Path(resume).expanduser().resolve().parent
         else:
             path = root / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
             path.mkdir(parents=True)
             _point_latest_to(path)
+        if resume:
+            _check_resume(path, resume, module, config)
     except OSError as error:
         raise ConfigError([f"the output directory cannot be made: {error}"]) from None
     return path
+
+
+def checkpoint_of(path: Path, resume: str) -> Path | None:
+    """The checkpoint folder that `--resume_from_checkpoint` names in the run directory `path`; None without one."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    if resume.lower() not in LAST:
+        return Path(resume).expanduser() if Path(resume).expanduser().is_dir() else None
+    found = get_last_checkpoint(str(path)) if path.is_dir() else None
+    return Path(found) if found else None
+
+
+def last_step(checkpoint: Path) -> int:
+    """Optimizer steps done when the checkpoint was written."""
+    return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+
+
+def _check_resume(path: Path, resume: str, module: str, config: Config) -> None:
+    """Refuse, before anything is written, to resume what is not there, another module's run, or a finished one."""
+    checkpoint = checkpoint_of(path, resume)
+    if checkpoint is None or not (checkpoint / "trainer_state.json").exists():
+        raise ConfigError([f"--resume_from_checkpoint {resume}: there is no such checkpoint (looked in {path})"])
+    former = path / "resolved_config.yaml"
+    if former.exists() and (name := read_yaml(former).get("module")) != module:
+        raise ConfigError([f"--resume_from_checkpoint {resume}: {path} is a run of `{name}`, not of `{module}`"])
+    max_steps = config.values.get("max_steps", -1)
+    if 0 < max_steps <= last_step(checkpoint):
+        raise ConfigError([f"{checkpoint} has already done {last_step(checkpoint)} steps: raise --max_steps to go on"])
 
 
 def _keep_inputs(path: Path, config: Config) -> None:
@@ -319,6 +360,3 @@ def _leave_process_group() -> None:
         from accelerate import PartialState
 
         PartialState().destroy_process_group()
-
-
-__all__ = ["NOT_REPEATED", "Diverged", "RunDirectory", "execute", "finite", "summarize", "validate_summary"]

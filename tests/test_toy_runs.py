@@ -163,7 +163,7 @@ def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
-SHORT = ("--max_steps", "4", "--logging_steps", "1", "--eval_strategy", "no", "--eval_on_start", "false")
+SHORT = ("--max_steps", "4", "--logging_steps", "1", "--eval_strategy", "no")
 FEW = ("--max_train_samples", "200", "--max_eval_samples", "20", "--max_generation_samples", "4")
 
 

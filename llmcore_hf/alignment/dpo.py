@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcore_hf.alignment import evaluation, training
@@ -55,6 +56,8 @@ def check(config: Config) -> list[str]:
         problems.append(f"--f_divergence_type {values['f_divergence_type']} is not one of {', '.join(DIVERGENCES)}")
     if not 0 < values["beta"] < math.inf:
         problems.append(f"--beta must be greater than 0, not {values['beta']}")
+    if not 0 <= values["label_smoothing"] < 0.5:
+        problems.append(f"--label_smoothing must lie between 0 and 0.5, not {values['label_smoothing']}")
     if values["padding_free"]:
         problems.append("--padding_free is not available in TRL's DPOTrainer at present: leave it off")
     if values["sync_ref_model"] and values["use_peft"]:
@@ -76,7 +79,8 @@ def run(config: Config, run_dir: RunDirectory) -> None:
     splits = load(data_args, "preference", args.seed, args.dataset_num_proc, args.load_best_model_at_end)
     training.require_chat_template(job.tokenizer, splits)
 
-    trainer = make_trainer(config, job, splits, args)
+    with training.explaining(job, splits):
+        trainer = make_trainer(config, job, splits, args)
     training.attach(trainer, run_dir)
     held_out = HeldOut.of(splits, job, args, data_args, trainer)
     run_dir.summary["data"] = training.describe_data(splits, trainer, held_out.shares, len(held_out.rows) // 2)
@@ -94,7 +98,7 @@ def run(config: Config, run_dir: RunDirectory) -> None:
     run_dir.checks += learning_checks(block)
     shown = "completions/match_chosen"
     run_dir.summary["samples"] = training.samples(held_out.questions, shown, before.answers, after.answers)
-    training.append_to_model_card(run_dir, job, splits)
+    training.write_model_card(run_dir, trainer, job, splits)
     run_dir.write("training_curves.png", draw_curves(run_dir, job, splits))
 
 
@@ -301,7 +305,7 @@ def draw_curves(run_dir: RunDirectory, job: Job, splits: Splits) -> bytes:
         "completions/match_rejected": "answers as rejected",
     }
     return draw(
-        f"DPO: {job.name} on {splits.source}",
+        f"DPO: {Path(job.name).name} on {Path(splits.source).name}",
         run_dir.history,
         [
             Panel(

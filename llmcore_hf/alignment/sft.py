@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcore_hf.alignment import evaluation, training
@@ -58,7 +59,8 @@ def run(config: Config, run_dir: RunDirectory) -> None:
         config.values["assistant_only_loss"], config.sources["assistant_only_loss"] = True, HOUSE
         run_dir.write("resolved_config.yaml", config.to_yaml())  # so that a repeated run does the same
 
-    trainer = make_trainer(config, job, splits, args)
+    with training.explaining(job, splits):
+        trainer = make_trainer(config, job, splits, args)
     job.tokenizer = trainer.processing_class  # with the template of --chat_template_path, when there is one
     training.attach(trainer, run_dir)
     held_out = HeldOut.of(splits, job, args, data_args, trainer)
@@ -75,7 +77,7 @@ def run(config: Config, run_dir: RunDirectory) -> None:
     run_dir.summary["eval"] = block = evaluation.compare(before.metrics, after.metrics)
     run_dir.checks += learning_checks(block)
     run_dir.summary["samples"] = training.samples(held_out.questions, "exact_match", before.answers, after.answers)
-    training.append_to_model_card(run_dir, job, splits)
+    training.write_model_card(run_dir, trainer, job, splits)
     run_dir.write("training_curves.png", draw_curves(run_dir, job, splits))
 
 
@@ -255,7 +257,7 @@ def draw_curves(run_dir: RunDirectory, job: Job, splits: Splits) -> bytes:
     block = run_dir.summary["eval"]
     shares = {"exact_match": "exact match", "completions/terminated": "ended by itself"}
     return draw(
-        f"SFT: {job.name} on {splits.source}",
+        f"SFT: {Path(job.name).name} on {Path(splits.source).name}",
         run_dir.history,
         [
             Panel(

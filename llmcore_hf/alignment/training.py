@@ -8,11 +8,13 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 from trl import ModelConfig
 
@@ -23,7 +25,7 @@ from llmcore_hf.data.loading import Splits, looks_like_path
 from llmcore_hf.data.toy import TOY_DATASETS
 from llmcore_hf.errors import UserError
 from llmcore_hf.models import loading, tiny
-from llmcore_hf.run_dir import Diverged, RunDirectory
+from llmcore_hf.run_dir import Diverged, RunDirectory, checkpoint_of, last_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer
@@ -100,6 +102,8 @@ def check_options(config: Config) -> list[str]:
     problems += [f"--{n} must be greater than 0, not {values[n]}" for n in POSITIVE if _not_positive(values.get(n))]
     if values["max_steps"] == 0 or values["max_steps"] < -1:
         problems.append(f"--max_steps must be greater than 0, or -1 to count epochs, not {values['max_steps']}")
+    if not 0 <= values["seed"] < 2**32:
+        problems.append(f"--seed must lie between 0 and 2**32 - 1, not {values['seed']}")
     if values["truncation_mode"] != "keep_start":
         problems.append("--truncation_mode keep_end is on its way out of TRL and not supported here: use keep_start")
     if not 0 < values["test_split_size"] < 1:
@@ -276,6 +280,16 @@ class RunCallback(TrainerCallback):
         return f"  {seconds // 60}:{seconds % 60:02d} left"
 
 
+@contextmanager
+def explaining(job: Job, splits: Splits) -> Iterator[None]:
+    """What the libraries refuse while a trainer is set up becomes one message that says what was being set up."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"the training of {job.name} on {splits.source} cannot be set up: {reason}") from error
+
+
 def attach(trainer: Trainer, run: RunDirectory) -> None:
     """Replace the trainer's own printing by ours, and keep boolean buffers out of DDP where that is asked for."""
     if run.config.values["ignore_bias_buffers"]:
@@ -288,50 +302,92 @@ def attach(trainer: Trainer, run: RunDirectory) -> None:
 
 
 def train(trainer: Trainer, run: RunDirectory, resume: str | None) -> None:
-    """Train, from a checkpoint when one is named, and save what came out of it."""
-    checkpoint = _checkpoint(run.path, resume) if resume else None
-    run.summary["resumed_from"] = checkpoint
-    trainer.train(resume_from_checkpoint=checkpoint)
+    """Train, from a checkpoint when one is named, and save what came out of it.
+
+    Raises:
+        Diverged: the loss or a weight is no longer a finite number.
+    """
+    checkpoint = checkpoint_of(run.path, resume) if resume else None
+    run.summary["resumed_from"] = str(checkpoint) if checkpoint else None
+    if checkpoint:
+        run.rewind(last_step(checkpoint))
+    else:
+        evaluate_curve_point(trainer)
+    trainer.train(resume_from_checkpoint=run.summary["resumed_from"])
+    if not all(torch.isfinite(p).all() for p in trainer.model.parameters()):
+        raise Diverged("the weights are not finite after training: lower --learning_rate or add --warmup_steps")
+    if not any("eval_loss" in row and row["step"] == trainer.state.global_step for row in run.history):
+        evaluate_curve_point(trainer)
     save(trainer, run)
 
 
-def _checkpoint(path: Path, resume: str) -> str:
-    from transformers.trainer_utils import get_last_checkpoint
-
-    if resume.lower() not in ("last", "true"):
-        return resume
-    checkpoint = get_last_checkpoint(str(path))
-    if checkpoint is None:
-        raise UserError(f"--resume_from_checkpoint {resume}: there is no checkpoint in {path}")
-    return checkpoint
+def evaluate_curve_point(trainer: Trainer) -> None:
+    """Put the held-out loss on the curves, whatever `--eval_strategy` says; training sees no difference."""
+    with torch.random.fork_rng():
+        trainer.evaluate()
 
 
 def save(trainer: Trainer, run: RunDirectory) -> None:
-    """Save model or adapter, tokenizer and generation config, and a model card, in the run directory."""
+    """Save model or adapter, tokenizer and generation config in the run directory."""
     trainer.save_model(str(run.path))
     if distributed.is_main_process():
         # A pickle of the options; resolved_config.yaml says the same in text that is safe to open.
         (run.path / "training_args.bin").unlink(missing_ok=True)
-        trainer.create_model_card(model_name=run.path.name)
 
 
-def append_to_model_card(run: RunDirectory, job: Job, splits: Splits) -> None:
-    """Add to the model card what this run measured."""
-    card = run.path / "README.md"
-    if not distributed.is_main_process():
-        return
+CARD = """\
+---
+library_name: {library}
+tags:
+- llmcore-hf
+- trl
+- {module}
+{base}---
+
+# {title}
+
+`{model}` trained with module `{module}` of LLM-Core (TRL's {trainer}) on `{source}` ({format}): {n_train} rows, seed
+{seed}. `resolved_config.yaml` in this folder repeats the run.
+
+```python
+from transformers import pipeline
+
+generator = pipeline("text-generation", model="path/to/this/folder")
+print(generator([{{"role": "user", "content": "..."}}], max_new_tokens=64)[0]["generated_text"][-1])
+```
+
+## What this run measured
+
+On held-out rows, before and after training; `summary.json` has the intervals and the checks.
+
+| metric | before | after | rows |
+|---|---|---|---|
+{rows}
+"""
+
+
+def write_model_card(run: RunDirectory, trainer: Trainer, job: Job, splits: Splits) -> None:
+    """A model card from what the run knows. TRL's own card needs hub ids, which a local model does not have."""
     block = run.summary["eval"]
-    rows = "\n".join(
+    rows = [
         f"| {name} | {block['before'][name]:.4f} | {block['after'][name]:.4f} | {block['n'][name]} |"
         for name in block["after"]
+    ]
+    on_hub = job.name not in tiny.TINY_MODELS and not loading.is_local(job.name)
+    card = CARD.format(
+        library="peft" if run.summary["model"]["peft"] else "transformers",
+        module=run.module.name,
+        base=f"base_model: {job.name}\n" if on_hub else "",
+        title=run.path.name,
+        model=job.name,
+        trainer=type(trainer).__name__,
+        source=splits.source,
+        format=splits.format,
+        n_train=run.summary["data"]["n_train"],
+        seed=run.config.values["seed"],
+        rows="\n".join(rows),
     )
-    text = (
-        f"\n## What this run measured\n\nModule `{run.module.name}` of LLM-Core, base model `{job.name}`, dataset "
-        f"`{splits.source}` ({splits.format}), {len(splits.train)} training rows, seed {run.config.values['seed']}. "
-        "The values below are from held-out rows, before and after training; `summary.json` has intervals and "
-        f"checks.\n\n| metric | before | after | rows |\n|---|---|---|---|\n{rows}\n"
-    )
-    run.write("README.md", card.read_text(encoding="utf-8") + text)
+    run.write("README.md", card)
 
 
 def describe_data(splits: Splits, trainer: Trainer, shares: dict[str, float | None], n_eval: int) -> dict[str, Any]:

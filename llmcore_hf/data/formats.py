@@ -144,7 +144,14 @@ def _from_text(row: Row) -> Row:
 
 def _from_messages(row: Row) -> Row:
     messages = _messages(row["messages"], "messages")
-    return _keep_tools(row, {"messages": _ends_with(messages, "assistant", "messages")})
+    return _keep_tools(row, {"messages": _conversation(messages, "messages")})
+
+
+def _conversation(messages: Messages, field: str) -> Messages:
+    """An answer at the end, and something before it that it answers."""
+    if len(_ends_with(messages, "assistant", field)) == 1:
+        raise FieldError(field, "has an answer but no turn before it")
+    return messages
 
 
 def _from_sharegpt(row: Row) -> Row:
@@ -153,7 +160,7 @@ def _from_sharegpt(row: Row) -> Row:
         messages = _messages(value, "conversations")
     else:
         messages = _turns(value, "conversations")
-    return _keep_tools(row, {"messages": _ends_with(_with_system(row, messages), "assistant", "conversations")})
+    return _keep_tools(row, {"messages": _conversation(_with_system(row, messages), "conversations")})
 
 
 def _from_prompt_completion(row: Row) -> Row:
@@ -166,8 +173,8 @@ def _from_prompt_completion(row: Row) -> Row:
 def _alpaca_prompt(row: Row) -> Messages:
     messages: Messages = []
     for i, pair in enumerate(row.get("history") or []):
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise FieldError(f"history[{i}]", "expected a pair [instruction, answer]")
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise FieldError(f"history[{i}]", "expected a pair of texts [instruction, answer]")
         messages += [_user(pair[0]), _assistant(pair[1])]
     parts = [_text(row, "instruction"), _text(row, "input", may_be_empty=True)]
     return _with_system(row, [*messages, _user("\n".join(part for part in parts if part))])

@@ -18,7 +18,7 @@ from llmcore_hf.errors import UserError
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-ROW = "__row__"
+ROW = "__llmcore_row__"
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 EXAMPLES = {"sft": "messages, prompt/completion, alpaca or text", "preference": "prompt/chosen/rejected"}
 
@@ -108,6 +108,7 @@ def _read(name: str, config_name: str | None) -> DatasetDict:
                 raise UserError(f"{name} is empty")
             if path.suffix not in BUILDERS:
                 raise UserError(f"{name}: files of type `{path.suffix}` are not read; use {', '.join(BUILDERS)}")
+            _check_encoding(path)
             loaded = load_dataset(BUILDERS[path.suffix], data_files=str(path))
         elif path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
             loaded = load_from_disk(str(path))
@@ -120,6 +121,18 @@ def _read(name: str, config_name: str | None) -> DatasetDict:
     except Exception as error:  # each builder raises its own kinds; the innermost cause says what is wrong
         raise UserError(f"the dataset {name} cannot be loaded: {_innermost(error)}") from error
     return DatasetDict({"train": loaded}) if isinstance(loaded, Dataset) else loaded
+
+
+def _check_encoding(path: Path) -> None:
+    """Raises `UserError` when a text file is not UTF-8, and says in which line."""
+    if BUILDERS[path.suffix] not in ("json", "csv"):
+        return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                raise UserError(f"{path}: line {number} is not UTF-8 text; save the file as UTF-8") from None
 
 
 def _number_rows(raw: DatasetDict) -> DatasetDict:

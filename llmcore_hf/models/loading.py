@@ -45,10 +45,13 @@ def load_tokenizer(name: str, revision: str, trust_remote_code: bool) -> PreTrai
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         AutoConfig.from_pretrained(name, **options)
-        return AutoTokenizer.from_pretrained(name, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"the model `{name}` cannot be loaded. It is none of the tiny checkpoints "
             f"({', '.join(tiny.TINY_MODELS)}), so it must be a local folder or a hub id that can be reached: {reason}"
         ) from error
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        raise UserError(f"the model `{name}` has no tokenizer files: its tokenizer turns every text into nothing")
+    return tokenizer

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmcore_hf.data import toy
+from llmcore_hf.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -83,8 +84,15 @@ def ensure(name: str) -> Path:
     folder = cache_dir() / "models" / f"{name}-{_fingerprint(spec)}"
     if _is_intact(folder):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{folder}.lock")
+        lock.acquire()
+    except OSError as error:
+        raise UserError(
+            f"the cache {cache_dir()} cannot be written ({error}): name another in LLMCORE_HF_CACHE"
+        ) from None
+    with lock:
         if _is_intact(folder):  # another process made it while this one waited
             return folder
         if folder.exists():
