@@ -296,7 +296,7 @@ def summarize(history: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     for row in history:
         for name, value in row.items():
             base = name.removeprefix("eval_")
-            skip = base in NOT_METRICS or base.endswith(("_per_second", "runtime"))
+            skip = base in NOT_METRICS or base.endswith(("_per_second", "runtime", "_time"))
             if not skip and isinstance(value, int | float):
                 series.setdefault(name, []).append((row["step"], value))
     return {name: _first_last_best(points, _direction(name)) for name, points in series.items()}

@@ -574,3 +574,19 @@ def test_lora_and_quantization_reach_the_trainer(
     assert given["quantization_config"] == {"4bit": True}
     assert given["model"] == job.path and given["processing_class"] is job.tokenizer
     assert given["train_dataset"] is splits.train and given["eval_dataset"] is splits.validation
+
+
+def test_questions_and_likelihoods_come_from_the_test_split(sft_trainer: Any, dpo_trainer: Any, job: Job) -> None:
+    from dataclasses import replace
+
+    from datasets import Dataset
+
+    for rows, module, make in ((sft_rows(), sft, sft_trainer), (dpo_rows(), dpo, dpo_trainer)):
+        splits = splits_of(rows)
+        answer = "completion" if module is sft else "chosen"
+        test_row = {**rows[0], "prompt": [user("only in test")], answer: [assistant("7")]}
+        splits = replace(splits, test=Dataset.from_list([test_row]))
+        trainer = make(splits)
+        held_out = module.HeldOut.of(splits, job, trainer.args, DataArguments(max_new_tokens=4), trainer)
+        assert [prompt[0]["content"] for prompt in held_out.questions.prompts] == ["only in test"]
+        assert all("only in test" in job.tokenizer.decode(row.ids) for row in held_out.rows)

@@ -840,3 +840,26 @@ def test_a_misspelt_built_in_name_is_refused_with_a_suggestion() -> None:
         resolve(*argv)
     assert "did you mean `tiny-qwen-base`?" in str(caught.value)
     assert "did you mean `toy-sort-preference`?" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["seed: 2024-13-45\n", "seed: " + "[" * 3000 + "]" * 3000 + "\n"])
+def test_yaml_that_breaks_the_yaml_library_is_one_message(text: str) -> None:
+    write("mine.yaml", text)
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        resolve("--module", "dpo", "--toy", "--config", "mine.yaml")
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [(("--seed", "-1"), "--seed must lie"), (("--label_smoothing", "2"), "--label_smoothing must lie")],
+)
+def test_values_out_of_range_are_refused(argv: tuple[str, ...], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        resolve("--module", "dpo", "--toy", *argv)
+
+
+def test_toy_takes_no_value_and_module_names_are_suggested_in_any_case() -> None:
+    with pytest.raises(ConfigError, match="--toy takes no value"):
+        resolve("--module", "dpo", "--toy=1")
+    with pytest.raises(ConfigError, match="Did you mean `dpo`"):
+        resolve("--module", "DPO", "--toy")

@@ -229,3 +229,17 @@ def test_an_unusable_field_is_named(row: Row, field: str, hint: str) -> None:
         convert(row)
     assert f"`{field}`" in str(caught.value)
     assert hint in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("columns", "row", "field"),
+    [
+        (["messages"], {"messages": [assistant("4")]}, "messages"),
+        (["conversations"], {"conversations": [gpt("4")]}, "conversations"),
+        (["instruction", "output"], {"instruction": "Add", "output": "4", "history": [["x", 3]]}, "history"),
+        (["prompt", "chosen", "rejected"], {"prompt": "2+2=", "chosen": "4", "rejected": "4"}, "rejected"),
+    ],
+)
+def test_rows_that_teach_nothing_are_refused_by_field(columns: list[str], row: Row, field: str) -> None:
+    with pytest.raises(formats.FieldError, match=f"field `{field}"):
+        formats.detect(columns, row, "file").convert(row)

@@ -348,3 +348,11 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     second = read(write_jsonl(path, changed))
     assert first.fingerprint != second.fingerprint
     assert {row["completion"] for row in second.train} == {"?"}
+
+
+def test_a_file_in_another_encoding_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    good = json.dumps(GOOD).encode()
+    path.write_bytes(good + b"\n" + '{"text": "排序"}'.encode("gbk") + b"\n")
+    message = refusal(path)
+    assert "line 2 is not UTF-8" in message

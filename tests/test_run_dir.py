@@ -598,20 +598,27 @@ def test_an_output_directory_below_a_file_is_refused(lesson: Lesson) -> None:
         lesson.execute(None, "--output_dir", "file/out")
 
 
+def checkpoint(run: Path) -> None:
+    (run / "checkpoint-5").mkdir(parents=True)
+    (run / "checkpoint-5" / "trainer_state.json").write_text('{"global_step": 5}')
+
+
 def test_resuming_continues_in_the_directory_that_is_named(lesson: Lesson) -> None:
     lesson.execute(lambda config, run: run.write("kept.txt", "kept"), "--output_dir", "out")
+    checkpoint(Path("out"))
     assert lesson.execute(lambda config, run: None, "--output_dir", "out", "--resume_from_checkpoint", "last") == 0
     assert Path("out/kept.txt").exists()
 
 
 def test_resuming_without_a_directory_continues_the_latest_run(lesson: Lesson) -> None:
     lesson.execute()
+    checkpoint(lesson.latest)
     path = prepare_directory("fake", lesson.config("--resume_from_checkpoint", "last"))
     assert path == lesson.latest.resolve()
 
 
 def test_resuming_from_a_checkpoint_continues_in_its_run(lesson: Lesson) -> None:
-    Path("somewhere/checkpoint-5").mkdir(parents=True)
+    checkpoint(Path("somewhere"))
     path = prepare_directory("fake", lesson.config("--resume_from_checkpoint", "somewhere/checkpoint-5"))
     assert path == Path("somewhere").resolve()
 

@@ -389,11 +389,27 @@ def test_a_model_that_is_not_there_is_refused_in_words(tmp_path: Path) -> None:
 
 
 def test_revision_and_trust_reach_the_hub_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
+    calls: list[Any] = []
+
+    def words(text: str, **options: Any) -> dict[str, list[int]]:
+        return {"input_ids": [1]}
+
     for kind in ("AutoConfig", "AutoTokenizer"):
-        monkeypatch.setattr(f"transformers.{kind}.from_pretrained", lambda name, **kw: calls.append((name, kw)))
+        monkeypatch.setattr(
+            f"transformers.{kind}.from_pretrained", lambda name, **kw: calls.append((name, kw)) or words
+        )
     loading.load_tokenizer("org/model", "v1.1", False)
     assert calls == [("org/model", {"revision": "v1.1", "trust_remote_code": False})] * 2
+
+
+def test_a_folder_without_tokenizer_files_is_refused(tmp_path: Path) -> None:
+    import shutil
+
+    source = tiny.ensure("tiny-qwen")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(source / name, tmp_path)
+    with pytest.raises(UserError, match="tokenizer"):
+        loading.load_tokenizer(str(tmp_path), "main", False)
 
 
 def test_model_options_reach_from_pretrained() -> None:

@@ -121,6 +121,14 @@ def test_history_is_finite_and_goes_from_before_to_after(toy_run) -> None:
     assert held_out[-1]["eval_loss"] < held_out[0]["eval_loss"]
 
 
+def test_resolved_config_holds_every_option(toy_run) -> None:
+    from llmcore_hf.alignment import dpo
+    from llmcore_hf.config import NOT_REPEATED, SECRETS, Options
+
+    document = yaml.safe_load((toy_run("dpo")[1] / "output/dpo/latest/resolved_config.yaml").read_text())
+    assert set(document) == {"module", "toy", *Options(dpo.argument_classes()).fields} - {*NOT_REPEATED, *SECRETS}
+
+
 def test_output_is_plain_lines_when_piped(toy_run) -> None:
     result, _ = toy_run("sft")
     assert re.search(r"^step 100/200  loss [\d.]+ .* \d+:\d\d left$", result.stdout, re.MULTILINE)
@@ -147,7 +155,8 @@ def test_model_card_tells_what_was_measured(toy_run) -> None:
     folder = toy_run("dpo")[1]
     card = (folder / "output/dpo/latest/README.md").read_text()
     value = summary_of(folder, "dpo")["eval"]["after"]["completions/match_chosen"]
-    assert card.startswith("---")
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "None" not in card and "tiny-qwen-base" in card
     assert f"{value:.4f}" in card
 
 
@@ -241,6 +250,76 @@ def test_plain_sigmoid_shows_likelihood_displacement(monkeypatch, tmp_path: Path
     assert summary["eval"]["delta"]["logps/chosen"] < 0
     statuses = {check["id"]: check["status"] for check in summary["checks"]}
     assert statuses["dpo.no_likelihood_displacement"] == "fail"
+
+
+def test_weights_that_are_not_finite_are_no_success(monkeypatch, tmp_path: Path) -> None:
+    """Also when no logged loss shows it, because the last row was logged before."""
+    options = ("--learning_rate", "1e30", "--warmup_steps", "0", "--max_grad_norm", "1e30", "--max_steps", "2")
+    code, summary = run_here(
+        monkeypatch, tmp_path, "--module", "sft", "--toy", *FEW, *options, "--logging_steps", "500", *SHORT[4:]
+    )
+    assert code == 1 and summary["status"] == "diverged"
+    assert "model.safetensors" not in summary["artifacts"]
+
+
+def test_resume_goes_on_where_the_checkpoint_stood(monkeypatch, tmp_path: Path) -> None:
+    command = ("--module", "sft", "--toy", *SHORT[2:], *FEW, "--save_strategy", "steps", "--save_steps", "2")
+    (tmp_path / "whole").mkdir()
+    run_here(monkeypatch, tmp_path / "whole", *command, "--max_steps", "6", "--lr_scheduler_type", "constant")
+    (tmp_path / "parts").mkdir()
+    constant = ("--lr_scheduler_type", "constant")
+    run_here(monkeypatch, tmp_path / "parts", *command, "--max_steps", "4", *constant)
+    (tmp_path / "parts" / "run" / "traceback.txt").write_text("of an earlier crash")
+    resume = ("--resume_from_checkpoint", "run/checkpoint-2", *constant)
+    _, summary = run_here(monkeypatch, tmp_path / "parts", *command, "--max_steps", "6", *resume)
+    assert summary["resumed_from"] == "run/checkpoint-2"
+    assert "traceback.txt" not in summary["artifacts"]
+    assert losses(tmp_path / "parts" / "run") == losses(tmp_path / "whole" / "run")
+    assert summary["metrics"]["loss"]["first"] == losses(tmp_path / "whole" / "run")[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--resume_from_checkpoint", "nope", "--max_steps", "9"), "no such checkpoint"),
+        (("--resume_from_checkpoint", "last", "--max_steps", "2"), "raise --max_steps"),
+        (("--resume_from_checkpoint", "last", "--max_steps", "9", "--module", "dpo"), "is a run of `sft`"),
+    ],
+)
+def test_a_resume_that_makes_no_sense_touches_nothing(monkeypatch, tmp_path: Path, capsys, options, reason) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoint-2").mkdir(parents=True)
+    (run / "checkpoint-2" / "trainer_state.json").write_text('{"global_step": 2}')
+    (run / "resolved_config.yaml").write_text("module: sft\n")
+    (run / "summary.json").write_text("the evidence")
+    monkeypatch.chdir(tmp_path)
+    module = () if "--module" in options else ("--module", "sft")
+    assert cli.main([*module, "--toy", "--output_dir", "run", *options]) == 2
+    assert reason in capsys.readouterr().err
+    assert (run / "summary.json").read_text() == "the evidence"
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoint-2", "resolved_config.yaml", "summary.json"]
+
+
+def test_the_directory_a_run_reads_from_is_not_overwritten(monkeypatch, tmp_path: Path, capsys) -> None:
+    run_here(monkeypatch, tmp_path, "--module", "sft", "--toy", *SHORT, *FEW)
+    options = ("--model_name_or_path", "run", "--output_dir", "run", "--overwrite_output_dir")
+    assert cli.main(["--module", "sft", "--toy", *options]) == 2
+    assert "would delete --model_name_or_path" in capsys.readouterr().err
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_broken_checkpoint_is_one_message(monkeypatch, tmp_path: Path, capsys) -> None:
+    import shutil
+
+    from llmcore_hf.models import tiny
+
+    shutil.copytree(tiny.ensure("tiny-qwen"), tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"not a tensor file")
+    code, summary = run_here(
+        monkeypatch, tmp_path, "--module", "sft", "--toy", *SHORT, *FEW, "--model_name_or_path", "broken"
+    )
+    assert code == 1 and "the training of broken on toy-sort cannot be set up" in summary["error"]
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_divergence_is_told(monkeypatch, tmp_path: Path) -> None:
