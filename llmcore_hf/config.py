@@ -95,19 +95,26 @@ class Config:
 
     def to_yaml(self) -> str:
         """The text of `resolved_config.yaml`: `--config` with this file repeats the run."""
-        import yaml
-
         lines = [
             "# Every option of this run. To repeat it in a new directory, pass this file to --config.",
-            yaml.safe_dump({"module": self.module, "toy": self.toy}, sort_keys=False).rstrip(),
+            _to_yaml({"module": self.module, "toy": self.toy}),
         ]
         files = [source for source in self.sources.values() if source not in (COMMAND_LINE, HOUSE, DEFAULTS)]
         for source in dict.fromkeys([COMMAND_LINE, *files, HOUSE, DEFAULTS]):
             names = [n for n, s in self.sources.items() if s == source and n not in NOT_REPEATED + SECRETS]
             if names:
                 section = {name: _plain(self.values[name]) for name in names}
-                lines += ["", f"# {source}", yaml.safe_dump(section, sort_keys=False, allow_unicode=True).rstrip()]
+                lines += ["", f"# {source}", _to_yaml(section)]
         return "\n".join(lines) + "\n"
+
+
+def _to_yaml(section: dict[str, Any]) -> str:
+    import yaml
+
+    text = yaml.safe_dump(section, sort_keys=False, allow_unicode=True)
+    if yaml.safe_load(text) != section:  # PyYAML loses some control characters unless it escapes
+        text = yaml.safe_dump(section, sort_keys=False)
+    return text.rstrip("\n")
 
 
 def _plain(value: Any) -> Any:

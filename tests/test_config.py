@@ -597,6 +597,8 @@ def test_the_hub_token_is_used_but_never_written(lesson: Module, how: str) -> No
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(
     [
+        "\xa0",
+        "\x85",
         "no",
         "null",
         "none",
