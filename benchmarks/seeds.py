@@ -25,7 +25,8 @@ def held_out_exact_match(e: dict[str, Any]) -> bool:
 
 def held_out_preference(e: dict[str, Any]) -> bool:
     return (
-        e["after"]["preference_accuracy"] >= 0.9
+        0.4 <= e["before"]["preference_accuracy"] <= 0.6
+        and e["after"]["preference_accuracy"] >= 0.9
         and e["delta"]["completions/match_chosen"] >= 0.30
         and e["delta"]["logps/chosen"] >= 0
     )
@@ -37,7 +38,7 @@ CAMPAIGN = {
     "dpo": (
         ("preference_accuracy", "completions/match_chosen", "logps/chosen"),
         held_out_preference,
-        "preference accuracy at least 0.9, chosen behaviour up by at least 0.30, chosen not less likely",
+        "preference accuracy from about 0.5 to at least 0.9, chosen behaviour up by at least 0.30, chosen not less likely",
     ),
 }
 

@@ -231,8 +231,9 @@ class RunCallback(TrainerCallback):
         "eval_rewards/margins",
     )
 
-    def __init__(self, run: RunDirectory) -> None:
+    def __init__(self, run: RunDirectory, trainer: Trainer) -> None:
         self.run = run
+        self.trainer = trainer
         self.bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -242,6 +243,11 @@ class RunCallback(TrainerCallback):
         if distributed.is_main_process():
             interactive = sys.stderr.isatty()
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=not interactive)
+        if state.global_step == 0 and not args.eval_on_start:
+            # The first point of the held-out curve. Not before `train()`: evaluating then leaves the model without
+            # DDP, and the processes train apart. Forked, so that training draws the same random numbers.
+            with torch.random.fork_rng():
+                self.trainer.evaluate()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
@@ -298,7 +304,7 @@ def attach(trainer: Trainer, run: RunDirectory) -> None:
         model._ddp_params_and_buffers_to_ignore = buffers  # the attribute DDP reads
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(RunCallback(run))
+    trainer.add_callback(RunCallback(run, trainer))
 
 
 def train(trainer: Trainer, run: RunDirectory, resume: str | None) -> None:
@@ -311,20 +317,12 @@ def train(trainer: Trainer, run: RunDirectory, resume: str | None) -> None:
     run.summary["resumed_from"] = str(checkpoint) if checkpoint else None
     if checkpoint:
         run.rewind(last_step(checkpoint))
-    else:
-        evaluate_curve_point(trainer)
     trainer.train(resume_from_checkpoint=run.summary["resumed_from"])
     if not all(torch.isfinite(p).all() for p in trainer.model.parameters()):
         raise Diverged("the weights are not finite after training: lower --learning_rate or add --warmup_steps")
     if not any("eval_loss" in row and row["step"] == trainer.state.global_step for row in run.history):
-        evaluate_curve_point(trainer)
+        trainer.evaluate()  # the last point of the held-out curve, whatever --eval_strategy says
     save(trainer, run)
-
-
-def evaluate_curve_point(trainer: Trainer) -> None:
-    """Put the held-out loss on the curves, whatever `--eval_strategy` says; training sees no difference."""
-    with torch.random.fork_rng():
-        trainer.evaluate()
 
 
 def save(trainer: Trainer, run: RunDirectory) -> None:
