@@ -199,4 +199,4 @@ def test_figures_are_closed_again() -> None:
 def test_english_labels_need_no_special_font() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        draw("DPO: tiny-qwen-base on toy-sort-preference", HISTORY, [LOSS], BARS)
+        assert draw("DPO: tiny-qwen-base on toy-sort-preference", HISTORY, [LOSS], BARS).startswith(b"\x89PNG")
