@@ -11,6 +11,7 @@ displacement). `--loss_type sigmoid sft` adds the likelihood of the chosen answe
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,8 @@ def check(config: Config) -> list[str]:
         problems.append(f"--beta must be greater than 0, not {values['beta']}")
     if not 0 <= values["label_smoothing"] < 0.5:
         problems.append(f"--label_smoothing must lie between 0 and 0.5, not {values['label_smoothing']}")
+    if values["precompute_ref_log_probs"] and values["dataset_streaming"]:
+        problems.append("--precompute_ref_log_probs goes over all rows first, which --dataset_streaming cannot do")
     if values["padding_free"]:
         problems.append("--padding_free is not available in TRL's DPOTrainer at present: leave it off")
     if values["sync_ref_model"] and values["use_peft"]:
@@ -76,7 +79,16 @@ def run(config: Config, run_dir: RunDirectory) -> None:
     args: DPOConfig = config.part(argument_classes()[-1])
     data_args = config.part(DataArguments)
     job = training.prepare(config, config.part(ModelArguments), args)
-    splits = load(data_args, "preference", args.seed, args.dataset_num_proc, args.load_best_model_at_end)
+    longest = args.max_length and training.PromptLimit(job.tokenizer, lambda row: _encode(row, job)[0], args.max_length)
+    splits = load(
+        data_args,
+        "preference",
+        args.seed,
+        args.dataset_num_proc,
+        args.load_best_model_at_end,
+        limit=longest or None,
+        bad_rows_file=run_dir.path / training.BAD_ROWS,
+    )
     training.require_chat_template(job.tokenizer, splits)
 
     with training.explaining(job, splits):
@@ -90,6 +102,7 @@ def run(config: Config, run_dir: RunDirectory) -> None:
     before = held_out.measure(trainer, job, reference, args.beta)
     run_dir.checks += start_checks(before, reference is not None, splits)
     training.train(trainer, run_dir, args.resume_from_checkpoint)
+    training.record_stream(run_dir, splits)
     # with --precompute_ref_log_probs no reference stays in memory: it is what the policy was
     after = held_out.measure(trainer, job, reference or before.policy, args.beta)
 
@@ -116,7 +129,7 @@ def make_trainer(config: Config, job: Job, splits: Splits, args: DPOConfig) -> D
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )
-    if not len(trainer.train_dataset):
+    if next(iter(trainer.train_dataset), None) is None:
         raise UserError(
             f"every prompt of {splits.source} fills --max_length {args.max_length}: nothing is left to train"
         )
@@ -150,7 +163,7 @@ class HeldOut:
         longest = training.prompt_limit(trainer, args.max_length, data_args.max_new_tokens)
         askable = [i for i in usable if pairs[i][0].n_prompt <= longest][: data_args.max_generation_samples]
         asked = [splits.test[i] for i in askable]
-        first_rows = splits.train.select(range(min(len(splits.train), training.N_MEASURED)))
+        first_rows = itertools.islice(splits.train, training.N_MEASURED)
         measured = [encoded for row in first_rows for encoded in _encode(row, job)]
         return cls(
             rows=sides[0] + sides[1],
@@ -215,7 +228,8 @@ def _encode(row: dict[str, Any], job: Job) -> tuple[evaluation.Encoded, evaluati
 
 def start_checks(before: Measured, has_reference: bool, splits: Splits) -> list[Check]:
     """What must hold before the first step."""
-    n_equal = sum(row["chosen"] == row["rejected"] for rows in (splits.train, splits.test) for row in rows)
+    pairs = [*itertools.islice(splits.train, training.N_MEASURED), *splits.test]
+    n_equal = sum(row["chosen"] == row["rejected"] for row in pairs)
     return [
         Check(
             "dpo.step0_loss_is_ln2",
@@ -231,7 +245,7 @@ def start_checks(before: Measured, has_reference: bool, splits: Splits) -> list[
             "dpo.chosen_differs_from_rejected",
             "invariant",
             n_equal == 0,
-            {"pairs": len(splits.train) + len(splits.test), "equal": n_equal},
+            {"pairs": len(pairs), "equal": n_equal},
             "0 equal pairs",
             "chosen 与 rejected 相同的样本不含偏好信息，梯度为零。",
             "A pair whose answers agree holds no preference and gives no gradient.",

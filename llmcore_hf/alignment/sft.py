@@ -51,7 +51,15 @@ def run(config: Config, run_dir: RunDirectory) -> None:
     args: SFTConfig = config.part(argument_classes()[-1])
     data_args = config.part(DataArguments)
     job = training.prepare(config, config.part(ModelArguments), args)
-    splits = load(data_args, "sft", args.seed, args.dataset_num_proc, args.load_best_model_at_end)
+    splits = load(
+        data_args,
+        "sft",
+        args.seed,
+        args.dataset_num_proc,
+        args.load_best_model_at_end,
+        limit=prompt_limit(config, job, args),
+        bad_rows_file=run_dir.path / training.BAD_ROWS,
+    )
     if not args.chat_template_path:
         training.require_chat_template(job.tokenizer, splits)
     if "messages" in splits.train.column_names and not config.is_set("assistant_only_loss"):
@@ -66,12 +74,11 @@ def run(config: Config, run_dir: RunDirectory) -> None:
     held_out = HeldOut.of(splits, job, args, data_args, trainer)
     run_dir.summary["data"] = training.describe_data(splits, trainer, held_out.shares, len(held_out.rows))
     run_dir.summary["model"] = training.describe_model(trainer, job)
-    options = [name for name in ("completion_only_loss", "assistant_only_loss") if config.is_set(name)]
-    loss_on_prompt = any(config.values[name] is False for name in options)
-    run_dir.checks += label_checks(trainer, splits, job, loss_on_prompt)
+    run_dir.checks += label_checks(trainer, splits, job, loss_on_prompt(config))
 
     before = held_out.measure(trainer, job)
     training.train(trainer, run_dir, args.resume_from_checkpoint)
+    training.record_stream(run_dir, splits)
     after = held_out.measure(trainer, job)
 
     run_dir.summary["eval"] = block = evaluation.compare(before.metrics, after.metrics)
@@ -79,6 +86,19 @@ def run(config: Config, run_dir: RunDirectory) -> None:
     run_dir.summary["samples"] = training.samples(held_out.questions, "exact_match", before.answers, after.answers)
     training.write_model_card(run_dir, trainer, job, splits)
     run_dir.write("training_curves.png", draw_curves(run_dir, job, splits))
+
+
+def loss_on_prompt(config: Config) -> bool:
+    """Whether the user asked for it."""
+    options = ("completion_only_loss", "assistant_only_loss")
+    return any(config.is_set(name) and config.values[name] is False for name in options)
+
+
+def prompt_limit(config: Config, job: Job, args: SFTConfig) -> training.PromptLimit | None:
+    """None where a long prompt does no harm, or is not known yet because another chat template comes first."""
+    if args.max_length is None or args.packing or args.chat_template_path or loss_on_prompt(config):
+        return None
+    return training.PromptLimit(job.tokenizer, lambda row: _up_to_first_answer(row, job), args.max_length)
 
 
 def make_trainer(config: Config, job: Job, splits: Splits, args: SFTConfig) -> SFTTrainer:
@@ -127,7 +147,7 @@ class HeldOut:
         limit = training.prompt_limit(trainer, args.max_length, data_args.max_new_tokens)
         askable = [i for i, row in enumerate(rows) if 0 < row.n_prompt <= limit][: data_args.max_generation_samples]
         asked = [splits.test[i] for i in askable]
-        first_rows = splits.train.select(range(min(len(splits.train), training.N_MEASURED)))
+        first_rows = itertools.islice(splits.train, training.N_MEASURED)
         return cls(
             rows=[row for row in kept if row.n_completion],
             questions=evaluation.Questions(
@@ -212,19 +232,21 @@ def _look_at_labels(trainer: SFTTrainer, splits: Splits, job: Job) -> LabelsSeen
         if tuple(theirs["input_ids"]) in ours and seen.rows < N_CHECKED:
             encoded, row = ours[tuple(theirs["input_ids"])]
             labels = trainer.data_collator([theirs])["labels"][0].tolist()
-            start = _first_answer(row, job, trainer.chat_template) if "messages" in row else encoded.n_prompt
+            start = _up_to_first_answer(row, job, trainer.chat_template).n_prompt
             seen.rows += 1
             seen.with_end += len(labels) < len(encoded.ids) or end in labels[encoded.n_prompt :]
             seen.prompt_tokens += sum(label != IGNORED for label in labels[:start])
     return seen
 
 
-def _first_answer(row: dict[str, Any], job: Job, chat_template: str | None) -> int:
-    """Tokens before the first turn of the assistant, in a conversation of several turns."""
+def _up_to_first_answer(row: dict[str, Any], job: Job, chat_template: str | None = None) -> evaluation.Encoded:
+    """A row without what follows the first answer, in a conversation of several turns."""
+    if "messages" not in row:
+        return _encode(row, job, chat_template)
     turns = row["messages"]
     first = next(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
     start = {"prompt": turns[:first], "completion": turns[first : first + 1], "tools": row.get("tools")}
-    return _encode(start, job, chat_template).n_prompt
+    return _encode(start, job, chat_template)
 
 
 def learning_checks(block: dict[str, Any]) -> list[Check]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
@@ -21,7 +23,8 @@ from trl import ModelConfig
 from llmcore_hf import distributed
 from llmcore_hf.alignment import evaluation
 from llmcore_hf.config import COMMAND_LINE, Config
-from llmcore_hf.data.loading import Splits, looks_like_path
+from llmcore_hf.data.loading import Splits, column_mapping, looks_like_path
+from llmcore_hf.data.problems import DROP
 from llmcore_hf.data.toy import TOY_DATASETS
 from llmcore_hf.errors import UserError
 from llmcore_hf.models import loading, tiny
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 
 N_MEASURED = 1000  # rows whose token counts are measured for the summary
 N_SAMPLES = 5  # answers shown in the summary
+BAD_ROWS = "bad_rows.jsonl"  # rows of the dataset with problems, in the run directory
 POSITIVE = (
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
@@ -106,11 +110,28 @@ def check_options(config: Config) -> list[str]:
         problems.append(f"--seed must lie between 0 and 2**32 - 1, not {values['seed']}")
     if values["truncation_mode"] != "keep_start":
         problems.append("--truncation_mode keep_end is on its way out of TRL and not supported here: use keep_start")
+    problems += _check_data(values)
     if not 0 < values["test_split_size"] < 1:
         problems.append(f"--test_split_size must lie between 0 and 1, not {values['test_split_size']}")
     if values["max_generation_samples"] < 0:
         problems.append(f"--max_generation_samples must not be negative, not {values['max_generation_samples']}")
     return problems + _check_trackers(values["report_to"]) + _check_peft(config) + _check_precision(values)
+
+
+def _check_data(values: dict[str, Any]) -> list[str]:
+    problems = []
+    try:
+        column_mapping(values["columns"])
+    except ValueError as error:
+        problems.append(f"--columns: {error}")
+    if values["dataset_streaming"]:
+        if values["max_steps"] <= 0:
+            problems.append("--dataset_streaming needs --max_steps: how many rows there are is not known beforehand")
+        if values["max_eval_samples"] is None:
+            problems.append("--dataset_streaming needs --max_eval_samples: held-out rows are kept in memory")
+        if values["dataloader_num_workers"]:
+            problems.append("--dataset_streaming checks rows in the training process: --dataloader_num_workers must be 0")
+    return problems
 
 
 def _misspelt(option: str, name: str | None, prefix: str, built_in: Iterable[str]) -> list[str]:
@@ -155,8 +176,6 @@ def _check_precision(values: dict[str, Any]) -> list[str]:
     problems = []
     if values["fp16"] and values["use_cpu"]:
         problems.append("--fp16 needs a GPU: its loss scaling does not exist on a CPU")
-    if values["dataset_streaming"]:
-        problems.append("--dataset_streaming is not supported yet: rows are checked and counted before training")
     if values["fp16"] and values["bf16"]:
         problems.append("--fp16 and --bf16 exclude each other")
     return problems
@@ -206,9 +225,57 @@ def _quieten() -> None:
         transformers.utils.logging.set_verbosity_error()
 
 
+class PromptLimit:
+    """Finds prompts that leave no room for an answer. Implements `data.auditing.LengthLimit`.
+
+    Tokenizing every row only for this would take as long as preparing the dataset, and is seldom needed: a tokenizer
+    that falls back to bytes makes at most one token of a byte.
+
+    Args:
+        encode: a row -> its tokens; what stands before the first answer counts as the prompt.
+        max_length: tokens of prompt and answer together.
+    """
+
+    SLACK = 2  # tokens per turn that text and template may make more together than apart
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        encode: Callable[[dict[str, Any]], evaluation.Encoded],
+        max_length: int,
+    ) -> None:
+        self.tokenizer, self.encode, self.max_length = tokenizer, encode, max_length
+
+    def may_be_too_long(self, n_bytes: np.ndarray, n_turns: np.ndarray) -> np.ndarray:
+        """(N,) False where prompts of that many bytes and turns certainly fit."""
+        first, more = self._template_tokens
+        template = np.where(n_turns > 0, first + np.maximum(n_turns - 1, 0) * more, self.SLACK)
+        return n_bytes + template >= self.max_length
+
+    def problem(self, row: dict[str, Any]) -> str | None:
+        """What is wrong with the length of a row; None when its prompt fits."""
+        n = self.encode(row).n_prompt
+        return f"its prompt of {n} tokens fills --max_length {self.max_length}" if n >= self.max_length else None
+
+    @functools.cached_property
+    def _template_tokens(self) -> tuple[float, float]:
+        """Tokens that the chat template adds to the first turn, and to each further one."""
+        if not self.tokenizer.chat_template:
+            return -math.inf, 0.0  # `require_chat_template` refuses conversations
+        turns = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}, {"role": "user", "content": "-"}]
+        try:
+            one, three = (
+                len(self.tokenizer.apply_chat_template(turns[:n], add_generation_prompt=True)["input_ids"]) for n in (1, 3)
+            )
+        except Exception:  # a template may refuse any conversation, in its own words: then every row is tokenized
+            return math.inf, 0.0
+        return one + self.SLACK, (three - one) / 2 + self.SLACK
+
+
 def require_chat_template(tokenizer: PreTrainedTokenizerBase, splits: Splits) -> None:
     """Raises `UserError` when conversations meet a tokenizer that has no chat template."""
-    conversational = any(isinstance(splits.train[0].get(c), list) for c in ("messages", "prompt", "chosen"))
+    first = next(iter(splits.train))
+    conversational = any(isinstance(first.get(c), list) for c in ("messages", "prompt", "chosen"))
     if conversational and not tokenizer.chat_template:
         raise UserError(
             f"{splits.source} holds conversations, but this checkpoint's tokenizer has no chat template. "
@@ -389,25 +456,51 @@ def write_model_card(run: RunDirectory, trainer: Trainer, job: Job, splits: Spli
 
 
 def describe_data(splits: Splits, trainer: Trainer, shares: dict[str, float | None], n_eval: int) -> dict[str, Any]:
-    """The `data` block of a summary. Rows that had to be left out are counted, and said aloud."""
-    packing = getattr(trainer.args, "packing", False)  # packing merges rows, so they cannot be counted there
-    n_train = len(splits.train) if packing else len(trainer.train_dataset)
-    n_dropped = len(splits.train) - n_train + len(splits.test) - n_eval
-    if n_dropped and distributed.is_main_process():
-        print(
-            f"{n_dropped} of {len(splits.train) + len(splits.test)} rows of {splits.source} are left out: their prompt "
-            f"fills --max_length {trainer.args.max_length} and leaves no room for an answer",
-            file=sys.stderr,
+    """The `data` block of a summary.
+
+    Raises:
+        UserError: the trainer leaves out rows, and the user has not said to go on without bad rows.
+    """
+    n_train = _count(splits.train)
+    n_left_out = len(splits.test) - n_eval
+    if n_train is not None and not getattr(trainer.args, "packing", False):  # packing merges rows, so they cannot be counted
+        n_left_out += n_train - len(trainer.train_dataset)
+        n_train = len(trainer.train_dataset)
+    if n_left_out:
+        text = (
+            f"{n_left_out} rows of {splits.source} cannot be trained on: their prompt fills --max_length "
+            f"{trainer.args.max_length} and leaves no room for an answer"
         )
+        if splits.on_bad_rows != DROP:
+            raise UserError(f"{text}. Raise it, or go on without these rows with --on_bad_rows drop")
+        if distributed.is_main_process():
+            print(f"{text}. Going on without them: --on_bad_rows drop.", file=sys.stderr)
+        splits.report.rows_dropped += n_left_out
+        splits.report.counts["too_long"] += n_left_out
     return {
         "source": splits.source,
         "format": splits.format,
         "n_train": n_train,
         "n_eval": n_eval,
-        "n_dropped": n_dropped,
+        "n_dropped": splits.report.rows_dropped,
+        "problems": dict(splits.report.counts),
+        "on_bad_rows": splits.on_bad_rows,
         "fingerprint": splits.fingerprint,
         **shares,
     }
+
+
+def _count(rows: Any) -> int | None:
+    """Number of rows; None for a stream, which does not know."""
+    return len(rows) if hasattr(rows, "__len__") else None
+
+
+def record_stream(run: RunDirectory, splits: Splits) -> None:
+    """What was found wrong with the rows of a stream is known only when they have come by."""
+    if _count(splits.train) is None and splits.report.total:
+        if distributed.is_main_process():
+            splits.report.save(run.path / BAD_ROWS)
+        run.summary["data"] |= {"n_dropped": splits.report.rows_dropped, "problems": dict(splits.report.counts)}
 
 
 def describe_model(trainer: Trainer, job: Job) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """Which format a dataset is in, and how a row of it becomes TRL's columns.
 
-Detection looks at column names and, where they do not decide, at the first row. The result is what TRL calls a
-dataset type: language modeling, prompt-completion, preference
+Detection looks at column names and, where they do not decide, at a first row. The result is what TRL calls a dataset
+type: language modeling, prompt-completion, preference, unpaired preference
 (https://huggingface.co/docs/trl/dataset_formats).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,16 +23,58 @@ SHAREGPT_ROLES = {
     "gpt": "assistant",
     "chatgpt": "assistant",
     "assistant": "assistant",
+    "function_call": "assistant",  # its value is the call, as JSON
+    "observation": "tool",
+    "function_response": "tool",
+    "tool": "tool",
     "system": "system",
 }
 OPENAI_ROLES = ("system", "developer", "user", "assistant", "tool")
+# role -> roles that may stand before it; None is the beginning
+MAY_FOLLOW: dict[str, tuple[str | None, ...]] = {
+    "system": (None,),
+    "developer": (None,),
+    "user": (None, "system", "developer", "assistant"),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"),
+)
+OPTIONAL_COLUMNS = ("input", "system", "history")  # read when they are there
+CARRIED_COLUMNS = ("tools", "image", "images")  # handed on as they are
+TEXT, MESSAGES, LABEL = "text", "messages", "label"
 
 
-class FieldError(ValueError):
-    """A field of a row cannot be used; the caller adds file and row number."""
+@dataclass(frozen=True)
+class FieldProblem:
+    """What is wrong with one field of a row, and what to change. The caller knows file and row.
 
-    def __init__(self, field: str, problem: str) -> None:
-        super().__init__(f"field `{field}`: {problem}")
+    `kind` groups problems in counts: `missing`, `empty`, `type`, `role`, `order`, `equal`, `prompts`, `swapped`, ...
+    """
+
+    kind: str
+    field: str | None
+    text: str
+    remedy: str
+
+
+class Found(list[FieldProblem]):
+    """The problems of one row, gathered while it is converted."""
+
+    def add(self, kind: str, field: str, text: str, remedy: str) -> None:
+        self.append(FieldProblem(kind, field, text, remedy))
+
+
+class BadRow(ValueError):
+    """A row cannot be used as it is. `problems` has everything that was found in it."""
+
+    def __init__(self, problems: Sequence[FieldProblem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("; ".join(f"field `{p.field}` {p.text}" for p in problems))
 
 
 @dataclass(frozen=True)
@@ -40,89 +83,226 @@ class Format:
 
     Attributes:
         name: shown to the user and stored in the summary.
-        task: `sft` or `preference`.
+        task: `sft`, `preference` or `unpaired preference`.
         columns: columns that must be there.
-        convert: a row -> TRL's columns.
-        accepts: looks at the first row when the columns alone do not decide.
+        outputs: TRL's columns that a row becomes, each `text`, `messages` or `label`.
+        read: a row -> TRL's columns; adds what is wrong to the list it is given.
+        accepts: looks at a row when the columns alone do not decide.
     """
 
     name: str
     task: str
-    columns: frozenset[str]
-    convert: Callable[[Row], Row]
+    columns: tuple[str, ...]
+    outputs: dict[str, str]
+    read: Callable[[Row, Found], Row]
     accepts: Callable[[Row], bool] = lambda row: True
 
+    def convert(self, row: Row) -> Row:
+        """A row in TRL's columns, with `tools`, `image` and `images` handed on.
 
-def detect(columns: list[str], first_row: Row, where: str) -> Format:
-    """The format of a dataset.
+        Raises:
+            BadRow: fields are missing or wrong; all problems of the row are in it.
+        """
+        found = Found()
+        converted = self.read(row, found)
+        _check_scores(row, found)
+        if found:
+            raise BadRow(found)
+        return converted | {name: row[name] for name in CARRIED_COLUMNS if row.get(name) is not None}
+
+
+def known_columns() -> set[str]:
+    """Every column name that some format reads."""
+    return {column for fmt in FORMATS for column in fmt.columns} | {*OPTIONAL_COLUMNS, *CARRIED_COLUMNS}
+
+
+def detect(columns: Sequence[str], rows: Sequence[Row], where: str) -> Format:
+    """The format of a dataset with these columns; `rows` are its first few.
 
     Raises:
         UserError: no known format has these columns; the message lists the formats.
     """
     for fmt in FORMATS:
-        if fmt.columns <= set(columns) and fmt.accepts(first_row):
-            return fmt
-    known = "\n".join(f"    {f.task:<10} {f.name:<30} {', '.join(sorted(f.columns))}" for f in FORMATS)
+        if set(fmt.columns) <= set(columns):
+            complete = (row for row in rows if all(row.get(column) is not None for column in fmt.columns))
+            example = next(complete, None)
+            if example is None or fmt.accepts(example):
+                return fmt
+    known = "\n".join(f"    {f.task:<20} {f.name:<48} {', '.join(f.columns)}" for f in FORMATS)
     raise UserError(
         f"{where}: the columns {', '.join(columns) or '(none)'} match no known dataset format. "
-        f"Rename them to one of these:\n{known}"
+        f"Rename them, or map them as in --columns prompt=question,completion=answer, to one of these:\n{known}"
     )
 
 
-def _text(row: Row, field: str, *, may_be_empty: bool = False) -> str:
-    value = row.get(field)
-    if value is None and may_be_empty:
-        return ""
-    if not isinstance(value, str):
-        raise FieldError(field, f"expected text, found {_kind(value)}")
-    if not value.strip() and not may_be_empty:
-        raise FieldError(field, "is empty")
-    return value
+def why(fmt: Format) -> str:
+    """One sentence that says how `fmt` was recognised."""
+    kinds = {kind for name, kind in fmt.outputs.items() if name in fmt.columns}
+    holds = " holding messages" if MESSAGES in kinds else ""
+    return f"the columns {', '.join(fmt.columns)} are there{holds}"
+
+
+def prompt_of(converted: Row) -> Any:
+    """What an answer is given to: a text, or the turns before the first one of the assistant; None in plain text."""
+    if "messages" in converted:
+        turns = converted["messages"]
+        return turns[: next(i for i, turn in enumerate(turns) if turn["role"] == "assistant")]
+    return converted.get("prompt")
 
 
 def _kind(value: Any) -> str:
-    return "nothing" if value is None else f"a {type(value).__name__}"
+    names = {str: "text", dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number"}
+    return "nothing" if value is None else names.get(type(value), f"a {type(value).__name__}")
 
 
-def _messages(value: Any, field: str) -> Messages:
-    """Check OpenAI-style messages and drop the null fields that Arrow adds."""
-    if not isinstance(value, list) or not value:
-        raise FieldError(field, f"expected a non-empty list of messages, found {_kind(value)}")
-    cleaned = []
-    for i, message in enumerate(value):
-        if not isinstance(message, dict) or message.get("role") not in OPENAI_ROLES:
-            role = message.get("role") if isinstance(message, dict) else message
-            raise FieldError(f"{field}[{i}]", f"role {role!r} is not one of {', '.join(OPENAI_ROLES)}")
-        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
-            raise FieldError(f"{field}[{i}].content", f"expected text, found {_kind(message.get('content'))}")
-        cleaned.append({key: item for key, item in message.items() if item is not None})
+def _text(row: Row, field: str, found: Found, *, may_be_empty: bool = False) -> str:
+    value = row.get(field)
+    if value is None:
+        if not may_be_empty:
+            found.add("missing", field, "is missing", "fill it in, or remove the row")
+        return ""
+    if not isinstance(value, str):
+        found.add("type", field, f"must be text, but is {_kind(value)}", "write it as text, in quotes")
+        return ""
+    if not value.strip() and not may_be_empty:
+        found.add("empty", field, "is empty", "fill it in, or remove the row")
+    return value
+
+
+def _list(row: Row, field: str, what: str, found: Found) -> list[Any]:
+    value = row.get(field)
+    if isinstance(value, list) and value:
+        return value
+    if value is None:
+        found.add("missing", field, "is missing", f"give a list of {what}, or remove the row")
+    elif isinstance(value, list):
+        found.add("empty", field, "is empty", f"give at least one of its {what}, or remove the row")
+    else:
+        found.add("type", field, f"must be a list of {what}, but is {_kind(value)}", "see docs/data.md for the shape")
+    return []
+
+
+def _messages(row: Row, field: str, found: Found) -> Messages:
+    """Check OpenAI-style messages one by one and drop the null fields that Arrow adds; a bad message is left out."""
+    read = [_message(item, f"{field}[{i}]", found) for i, item in enumerate(_list(row, field, "messages", found))]
+    return [message for message in read if message]
+
+
+def _message(message: Any, field: str, found: Found) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        found.add("type", field, f"must be a message, but is {_kind(message)}", 'write {"role": ..., "content": ...}')
+        return {}
+    role = message.get("role")
+    if role not in OPENAI_ROLES:
+        found.add("role", f"{field}.role", f"{_show(role)} is not a role", f"use one of {', '.join(OPENAI_ROLES)}")
+        return {}
+    _check_content(message, field, found)
+    cleaned = {key: value for key, value in message.items() if value is not None}
+    if cleaned.get("tool_calls"):
+        cleaned["tool_calls"] = [_tool_call(c, f"{field}.tool_calls", found) for c in _as_list(cleaned["tool_calls"])]
     return cleaned
 
 
-def _turns(value: Any, field: str) -> Messages:
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _check_content(message: Row, field: str, found: Found) -> None:
+    content, role = message.get("content"), message["role"]
+    if isinstance(content, list) and content and all(isinstance(part, dict) and "type" in part for part in content):
+        return  # text and images in parts, for the vision modules
+    if not isinstance(content, str):
+        if content is None and message.get("tool_calls"):
+            return
+        kind = "missing" if content is None else "type"
+        text = "is missing" if content is None else f"must be text, but is {_kind(content)}"
+        found.add(kind, f"{field}.content", text, "write the content as text, or remove the row")
+    elif not content.strip() and role in ("user", "assistant") and not message.get("tool_calls"):
+        found.add("empty", f"{field}.content", "is empty", "fill it in, or remove the row")
+
+
+def _tool_call(call: Any, field: str, found: Found) -> Any:
+    """A tool call whose arguments are an object: chat templates write them as JSON themselves."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        found.add("type", field, "holds a call without a function name", 'write {"function": {"name": ..., ...}}')
+        return call
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            function = {**function, "arguments": json.loads(arguments)}
+        except ValueError:
+            found.add("json", f"{field}.arguments", "is not valid JSON", "write the arguments as a JSON object")
+    return {**call, "function": function} if "function" in call else {"type": "function", "function": function}
+
+
+def _show(value: Any) -> str:
+    return "nothing" if value is None else f"`{value}`"
+
+
+def _turns(row: Row, field: str, found: Found) -> Messages:
     """ShareGPT turns (`from`, `value`) as messages."""
-    if not isinstance(value, list) or not value:
-        raise FieldError(field, f"expected a non-empty list of turns, found {_kind(value)}")
-    return [_turn(turn, f"{field}[{i}]") for i, turn in enumerate(value)]
+    read = [_turn(item, f"{field}[{i}]", found) for i, item in enumerate(_list(row, field, "turns", found))]
+    return [turn for turn in read if turn]
 
 
-def _turn(turn: Any, field: str) -> dict[str, Any]:
-    speaker = turn.get("from") if isinstance(turn, dict) else turn
+def _turn(turn: Any, field: str, found: Found) -> dict[str, Any]:
+    if not isinstance(turn, dict):
+        found.add("type", field, f"must be a turn, but is {_kind(turn)}", 'write {"from": ..., "value": ...}')
+        return {}
+    speaker = turn.get("from")
     if speaker not in SHAREGPT_ROLES:
-        raise FieldError(f"{field}.from", f"{speaker!r} is not one of {', '.join(SHAREGPT_ROLES)}")
-    if not isinstance(turn.get("value"), str):
-        raise FieldError(f"{field}.value", f"expected text, found {_kind(turn.get('value'))}")
-    return {"role": SHAREGPT_ROLES[speaker], "content": turn["value"]}
+        known = ", ".join(SHAREGPT_ROLES)
+        found.add("role", f"{field}.from", f"{_show(speaker)} is not a speaker", f"use one of {known}")
+        return {}
+    before = len(found)
+    text = _text({f"{field}.value": turn.get("value")}, f"{field}.value", found, may_be_empty=speaker == "system")
+    if speaker == "function_call" and len(found) == before:
+        return {"role": "assistant", "tool_calls": _function_calls(text, f"{field}.value", found)}
+    return {"role": SHAREGPT_ROLES[speaker], "content": text}
 
 
-def _with_system(row: Row, messages: Messages) -> Messages:
-    system = _text(row, "system", may_be_empty=True)
+def _function_calls(text: str, field: str, found: Found) -> list[Any]:
+    try:
+        calls = _as_list(json.loads(text))
+    except ValueError:
+        found.add("json", field, "is not valid JSON", 'write the call as {"name": ..., "arguments": {...}}')
+        return []
+    return [_tool_call(call, field, found) for call in calls]
+
+
+def _with_system(row: Row, messages: Messages, found: Found) -> Messages:
+    system = _text(row, "system", found, may_be_empty=True)
     return [{"role": "system", "content": system}, *messages] if system else messages
 
 
-def _ends_with(messages: Messages, role: str, field: str) -> Messages:
-    if messages[-1]["role"] != role:
-        raise FieldError(field, f"must end with a turn of the {role}, ends with {messages[-1]['role']}")
+def _check_order(messages: Messages, field: str, found: Found) -> None:
+    """Report the first turn that may not stand where it stands."""
+    before: str | None = None
+    for i, message in enumerate(messages):
+        role = message["role"]
+        if before not in MAY_FOLLOW[role]:
+            place = "stands first" if before is None else f"follows a turn of `{before}`"
+            remedy = {
+                "system": "put the system turn first",
+                "developer": "put the developer turn first",
+                "tool": "put the assistant's tool call before it",
+            }.get(role, "merge the two turns, or add the missing one between" if before == role else "")
+            found.add(
+                "order",
+                f"{field}[{i}]",
+                f"a turn of `{role}` {place}",
+                remedy or "user and assistant take turns, the user first: are the speakers swapped?",
+            )
+            return
+        before = role
+
+
+def _ends_with(messages: Messages, roles: tuple[str, ...], field: str, found: Found) -> Messages:
+    if messages and messages[-1]["role"] not in roles:
+        wanted = " or ".join(f"`{role}`" for role in roles)
+        remedy = "add the missing turn, or remove the last one"
+        found.add("order", field, f"must end with a turn of {wanted}, but ends with `{messages[-1]['role']}`", remedy)
     return messages
 
 
@@ -134,121 +314,233 @@ def _assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-def _keep_tools(row: Row, converted: Row) -> Row:
-    return converted | ({"tools": row["tools"]} if row.get("tools") else {})
+def _from_text(row: Row, found: Found) -> Row:
+    return {"text": _text(row, "text", found)}
 
 
-def _from_text(row: Row) -> Row:
-    return {"text": _text(row, "text")}
+def _from_messages(row: Row, found: Found) -> Row:
+    return {"messages": _conversation(_messages(row, "messages", found), "messages", found)}
 
 
-def _from_messages(row: Row) -> Row:
-    messages = _messages(row["messages"], "messages")
-    return _keep_tools(row, {"messages": _conversation(messages, "messages")})
+def _conversation(messages: Messages, field: str, found: Found) -> Messages:
+    """Turns in order, an answer at the end, and something before it that it answers."""
+    if found or not messages:
+        return messages  # the order of turns that could not be read says nothing
+    if len(messages) == 1 and messages[0]["role"] == "assistant":
+        found.add("order", field, "has an answer but no turn before it", "add the question, or remove the row")
+        return messages
+    _check_order(messages, field, found)
+    return messages if found else _ends_with(messages, ("assistant",), field, found)
 
 
-def _conversation(messages: Messages, field: str) -> Messages:
-    """An answer at the end, and something before it that it answers."""
-    if len(_ends_with(messages, "assistant", field)) == 1:
-        raise FieldError(field, "has an answer but no turn before it")
-    return messages
+def _from_sharegpt(row: Row, found: Found) -> Row:
+    read = _messages if _is_messages(row.get("conversations")) else _turns
+    messages = read(row, "conversations", found)
+    return {"messages": _conversation(_with_system(row, messages, found), "conversations", found)}
 
 
-def _from_sharegpt(row: Row) -> Row:
-    value = row["conversations"]
-    if _is_messages(value):
-        messages = _messages(value, "conversations")
-    else:
-        messages = _turns(value, "conversations")
-    return _keep_tools(row, {"messages": _conversation(_with_system(row, messages), "conversations")})
+def _prompt(messages: Messages, field: str, found: Found) -> Messages:
+    """Turns in order that wait for an answer."""
+    if not found:
+        _check_order(messages, field, found)
+    return messages if found else _ends_with(messages, ("user", "tool"), field, found)
 
 
-def _from_prompt_completion(row: Row) -> Row:
-    if isinstance(row["prompt"], list):
-        prompt = _ends_with(_messages(row["prompt"], "prompt"), "user", "prompt")
-        return _keep_tools(row, {"prompt": prompt, "completion": _messages(row["completion"], "completion")})
-    return {"prompt": _text(row, "prompt"), "completion": _text(row, "completion")}
+def _answer(messages: Messages, field: str, found: Found) -> Messages:
+    """What follows a prompt: begins and ends with a turn of the assistant."""
+    if messages and not found and messages[0]["role"] != "assistant":
+        found.add(
+            "order",
+            field,
+            f"begins with a turn of `{messages[0]['role']}`; after the prompt it holds the answer alone",
+            "leave out the turns that `prompt` has already",
+        )
+    return messages if found else _ends_with(messages, ("assistant",), field, found)
 
 
-def _alpaca_prompt(row: Row) -> Messages:
+def _from_prompt_completion(row: Row, found: Found) -> Row:
+    return {"prompt": _text(row, "prompt", found), "completion": _text(row, "completion", found)}
+
+
+def _from_chat_completion(row: Row, found: Found) -> Row:
+    prompt = _messages(row, "prompt", found)
+    completion = _messages(row, "completion", found)
+    return {"prompt": _prompt(prompt, "prompt", found), "completion": _answer(completion, "completion", found)}
+
+
+def _with_label(read: Callable[[Row, Found], Row]) -> Callable[[Row, Found], Row]:
+    def read_with_label(row: Row, found: Found) -> Row:
+        label = {"true": True, "false": False, "1": True, "0": False}.get(str(row.get("label")).lower())
+        if label is None:
+            kind = "missing" if row.get("label") is None else "type"
+            text = f"must be true (a good answer) or false, but is {_show(row.get('label'))}"
+            found.add(kind, "label", text, "write true or false")
+        return {**read(row, found), "label": bool(label)}
+
+    return read_with_label
+
+
+def _alpaca_prompt(row: Row, found: Found) -> Messages:
     messages: Messages = []
     for i, pair in enumerate(row.get("history") or []):
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise FieldError(f"history[{i}]", "expected a pair of texts [instruction, answer]")
-        messages += [_user(pair[0]), _assistant(pair[1])]
-    parts = [_text(row, "instruction"), _text(row, "input", may_be_empty=True)]
-    return _with_system(row, [*messages, _user("\n".join(part for part in parts if part))])
+            found.add("type", f"history[{i}]", "must be a pair of texts", "write [instruction, answer]")
+        else:
+            messages += [_user(pair[0]), _assistant(pair[1])]
+    parts = [_text(row, "instruction", found), _text(row, "input", found, may_be_empty=True)]
+    return _with_system(row, [*messages, _user("\n".join(part for part in parts if part))], found)
 
 
-def _from_alpaca(row: Row) -> Row:
-    return {"prompt": _alpaca_prompt(row), "completion": [_assistant(_text(row, "output"))]}
+def _from_alpaca(row: Row, found: Found) -> Row:
+    return {"prompt": _alpaca_prompt(row, found), "completion": [_assistant(_text(row, "output", found))]}
 
 
-def _from_alpaca_preference(row: Row) -> Row:
-    answers = {name: [_assistant(_text(row, name))] for name in ("chosen", "rejected")}
-    return {"prompt": _alpaca_prompt(row), **_different(answers)}
+def _from_alpaca_preference(row: Row, found: Found) -> Row:
+    answers = {name: [_assistant(_text(row, name, found))] for name in ("chosen", "rejected")}
+    return {"prompt": _alpaca_prompt(row, found), **_different(answers, found)}
 
 
-def _different(answers: Row) -> Row:
-    if answers["chosen"] == answers["rejected"]:
-        raise FieldError("rejected", "is the same as `chosen`: such a pair holds no preference; remove it")
+def _different(answers: Row, found: Found) -> Row:
+    if not found and answers["chosen"] == answers["rejected"]:
+        found.add("equal", "rejected", "is the same as `chosen`: the pair holds no preference", "remove the row")
     return answers
 
 
-def _from_sharegpt_preference(row: Row) -> Row:
-    prompt = _with_system(row, _turns(row["conversations"], "conversations"))
-    _ends_with(prompt, "user", "conversations")
-    answers = {name: _ends_with([_turn(row[name], name)], "assistant", name) for name in ("chosen", "rejected")}
-    return {"prompt": prompt, **_different(answers)}
+def _from_sharegpt_preference(row: Row, found: Found) -> Row:
+    prompt = _with_system(row, _turns(row, "conversations", found), found)
+    answers = {}
+    for name in ("chosen", "rejected"):
+        turn = _turn(row.get(name), name, found)
+        answers[name] = _answer([turn], name, found) if turn else []
+    return {"prompt": _prompt(prompt, "conversations", found), **_different(answers, found)}
 
 
-def _from_preference(row: Row) -> Row:
-    if isinstance(row["chosen"], list):
-        answers = _different({name: _messages(row[name], name) for name in ("chosen", "rejected")})
-        if not isinstance(row.get("prompt"), list):  # no prompt, or a plain copy of what chosen begins with
-            return _keep_tools(row, _split_prompt(answers))
-        return _keep_tools(row, {"prompt": _messages(row["prompt"], "prompt"), **answers})
-    texts = _different({name: _text(row, name) for name in ("chosen", "rejected")})
-    return {"prompt": _text(row, "prompt"), **texts} if "prompt" in row else _split_prompt(texts)
+def _from_preference(row: Row, found: Found) -> Row:
+    texts = {name: _text(row, name, found) for name in ("chosen", "rejected")}
+    return {"prompt": _text(row, "prompt", found), **_different(texts, found)}
 
 
-def _split_prompt(answers: Row) -> Row:
+def _from_chat_preference(row: Row, found: Found) -> Row:
+    if not isinstance(row.get("prompt"), list):  # a plain copy of what chosen begins with
+        return _from_implicit_chat_preference(row, found)
+    prompt = _messages(row, "prompt", found)
+    answers = _different({name: _messages(row, name, found) for name in ("chosen", "rejected")}, found)
+    answers = {name: _answer(turns, name, found) for name, turns in answers.items()}
+    return {"prompt": _prompt(prompt, "prompt", found), **answers}
+
+
+def _from_implicit_preference(row: Row, found: Found) -> Row:
+    texts = _different({name: _text(row, name, found) for name in ("chosen", "rejected")}, found)
+    return texts if found else _split_prompt(texts, found)
+
+
+def _from_implicit_chat_preference(row: Row, found: Found) -> Row:
+    answers = _different({name: _messages(row, name, found) for name in ("chosen", "rejected")}, found)
+    for name in ("chosen", "rejected"):
+        _conversation(answers[name], name, found)
+    return answers if found else _split_prompt(answers, found)
+
+
+def _split_prompt(answers: Row, found: Found) -> Row:
     """The prompt is what chosen and rejected have in common; TRL's own function takes it out."""
     from trl.data_utils import extract_prompt
 
     split: Row = extract_prompt(answers)
     if not split["prompt"]:
-        raise FieldError("chosen", "has no beginning in common with `rejected`, so the prompt is unknown")
+        text = "has no beginning in common with `chosen`, so the prompt is unknown"
+        found.add("prompts", "rejected", text, "let both begin with the same prompt, or add a `prompt` column")
+    elif isinstance(split["prompt"], list):
+        turns = [split[name][0]["role"] for name in ("chosen", "rejected") if split[name]]
+        if turns != ["assistant", "assistant"]:
+            text = "answers another prompt than `chosen`: a turn before the last answer differs"
+            found.add("prompts", "rejected", text, "compare answers to one and the same prompt, or remove the row")
     return split
+
+
+def _check_scores(row: Row, found: Found) -> None:
+    """A pair whose rejected answer has the higher score is suspected to be swapped."""
+    for chosen, rejected in SCORES:
+        high, low = row.get(chosen), row.get(rejected)
+        if isinstance(high, int | float) and isinstance(low, int | float) and high < low:
+            text = f"has the lower score ({chosen} {high} < {rejected} {low}): are chosen and rejected swapped?"
+            found.add("swapped", "chosen", text, "exchange them (--columns chosen=rejected,rejected=chosen for all rows)")
 
 
 def _is_messages(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and "role" in value[0]
 
 
-def _is_sharegpt_answer(row: Row) -> bool:
-    return isinstance(row["chosen"], dict)
+def _is_list(column: str) -> Callable[[Row], bool]:
+    return lambda row: isinstance(row[column], list)
 
 
-def _format(name: str, task: str, columns: str, convert: Callable[[Row], Row], **options: Any) -> Format:
-    return Format(name, task, frozenset(columns.split()), convert, **options)
+def _format(name: str, task: str, columns: str, outputs: str, read: Callable[[Row, Found], Row], **options: Any) -> Format:
+    kinds = dict(output.split(":") for output in outputs.split())
+    return Format(name, task, tuple(columns.split()), kinds, read, **options)
 
 
+PAIR = "prompt:text completion:text"
+CHAT_PAIR = "prompt:messages completion:messages"
+TRIPLE = "prompt:text chosen:text rejected:text"
+CHAT_TRIPLE = "prompt:messages chosen:messages rejected:messages"
+PREFERENCE, UNPAIRED = "preference", "unpaired preference"
 # The first that fits is taken: the more columns a format asks for, the earlier it stands.
 FORMATS = (
     _format(
         "ShareGPT preference",
-        "preference",
+        PREFERENCE,
         "conversations chosen rejected",
+        CHAT_TRIPLE,
         _from_sharegpt_preference,
-        accepts=_is_sharegpt_answer,
+        accepts=lambda row: isinstance(row["chosen"], dict),
     ),
-    _format("alpaca preference", "preference", "instruction chosen rejected", _from_alpaca_preference),
-    _format("TRL preference", "preference", "prompt chosen rejected", _from_preference),
-    _format("TRL preference, implicit prompt", "preference", "chosen rejected", _from_preference),
-    _format("TRL prompt-completion", "sft", "prompt completion", _from_prompt_completion),
-    _format("alpaca", "sft", "instruction output", _from_alpaca),
-    _format("OpenAI messages", "sft", "messages", _from_messages),
-    _format("ShareGPT", "sft", "conversations", _from_sharegpt),
-    _format("TRL language modeling", "sft", "text", _from_text),
+    _format(
+        "alpaca preference", PREFERENCE, "instruction chosen rejected", CHAT_TRIPLE, _from_alpaca_preference
+    ),
+    _format(
+        "TRL preference (conversational)",
+        PREFERENCE,
+        "prompt chosen rejected",
+        CHAT_TRIPLE,
+        _from_chat_preference,
+        accepts=_is_list("chosen"),
+    ),
+    _format("TRL preference", PREFERENCE, "prompt chosen rejected", TRIPLE, _from_preference),
+    _format(
+        "TRL preference, implicit prompt (conversational)",
+        PREFERENCE,
+        "chosen rejected",
+        CHAT_TRIPLE,
+        _from_implicit_chat_preference,
+        accepts=_is_list("chosen"),
+    ),
+    _format("TRL preference, implicit prompt", PREFERENCE, "chosen rejected", TRIPLE, _from_implicit_preference),
+    _format(
+        "TRL unpaired preference (conversational)",
+        UNPAIRED,
+        "prompt completion label",
+        f"{CHAT_PAIR} label:label",
+        _with_label(_from_chat_completion),
+        accepts=_is_list("prompt"),
+    ),
+    _format(
+        "TRL unpaired preference",
+        UNPAIRED,
+        "prompt completion label",
+        f"{PAIR} label:label",
+        _with_label(_from_prompt_completion),
+    ),
+    _format(
+        "TRL prompt-completion (conversational)",
+        "sft",
+        "prompt completion",
+        CHAT_PAIR,
+        _from_chat_completion,
+        accepts=_is_list("prompt"),
+    ),
+    _format("TRL prompt-completion", "sft", "prompt completion", PAIR, _from_prompt_completion),
+    _format("alpaca", "sft", "instruction output", CHAT_PAIR, _from_alpaca),
+    _format("OpenAI messages", "sft", "messages", "messages:messages", _from_messages),
+    _format("ShareGPT", "sft", "conversations", "messages:messages", _from_sharegpt),
+    _format("TRL language modeling", "sft", "text", "text:text", _from_text),
 )

@@ -1,0 +1,203 @@
+"""Raw rows -> one Arrow file of TRL's columns, with what is known about each row beside it.
+
+A row that cannot be used stays in the file as its problems, so that nothing is lost on the way and everything about a
+dataset can be said at once. The file is cached by content: the same bytes, format and code are prepared once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmcore_hf.data import formats
+from llmcore_hf.data.formats import BadRow, FieldProblem, Format, Row
+from llmcore_hf.data.reading import IMAGE_COLUMNS, SAMPLE, RawRow, Shard, Source
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features, IterableDataset
+
+# What is known about a row, in columns beside TRL's. Every name that a user's column could have is avoided.
+FILE, ROW, LINE = "__file__", "__row__", "__line__"  # where it stands
+KEY, PROMPT_KEY = "__key__", "__prompt_key__"  # hashes of the row and of its prompt
+PROMPT_BYTES, PROMPT_TURNS = "__prompt_bytes__", "__prompt_turns__"  # its prompt's size; turns is 0 for plain text
+ASKS = "__asks__"  # 1: the prompt ends with a question mark, 2: the answer does
+PROBLEMS = "__problems__"  # JSON, null when there are none
+META = (FILE, ROW, LINE, KEY, PROMPT_KEY, PROMPT_BYTES, PROMPT_TURNS, ASKS, PROBLEMS)
+QUESTION_MARKS = ("?", "？")
+
+
+def prepare(source: Source, fmt: Format, columns: dict[str, str], num_proc: int | None = None) -> Dataset:
+    """All rows of `source` in TRL's columns and the columns `META`; from the cache when nothing has changed.
+
+    Args:
+        columns: target column -> column of the file, from `--columns`.
+    """
+    from datasets import Dataset
+
+    # Any row of a text file may be the first to hold tools or an image; columns that stay empty are taken away again.
+    carried = formats.CARRIED_COLUMNS if source.features is None else _carried(source, columns)
+    features = features_of(source, fmt, columns, carried)
+    n_processes = min(num_proc or 1, len(source.shards))
+    rows = Dataset.from_generator(
+        prepared_rows,
+        features=features,
+        gen_kwargs=_per_shard(source, fmt, columns, carried),
+        num_proc=n_processes if n_processes > 1 else None,
+        fingerprint=_cache_key(source, fmt, columns, features),
+    )
+    empty = [name for name in carried if rows.data.column(name).null_count == len(rows)]
+    return rows.remove_columns(empty) if empty else rows
+
+
+def stream(source: Source, fmt: Format, columns: dict[str, str]) -> IterableDataset:
+    """The same rows one after the other, while they are trained on."""
+    from datasets import IterableDataset
+
+    carried = _carried(source, columns)
+    return IterableDataset.from_generator(
+        prepared_rows,
+        features=features_of(source, fmt, columns, carried),
+        gen_kwargs=_per_shard(source, fmt, columns, carried),
+    )
+
+
+def _carried(source: Source, columns: dict[str, str]) -> tuple[str, ...]:
+    return tuple(name for name in formats.CARRIED_COLUMNS if columns.get(name, name) in source.columns)
+
+
+def _per_shard(source: Source, fmt: Format, columns: dict[str, str], carried: tuple[str, ...]) -> dict[str, list[Any]]:
+    """Arguments of `prepared_rows`: `from_generator` hands out lists to processes by their length."""
+    n = len(source.shards)
+    return {"shards": source.shards, "format_name": [fmt.name] * n, "columns": [columns] * n, "carried": [carried] * n}
+
+
+def features_of(source: Source, fmt: Format, columns: dict[str, str], carried: tuple[str, ...]) -> Features:
+    """Types of the prepared columns. Messages are stored as JSON: their keys differ from message to message."""
+    from datasets import Features, Json, List, Value
+
+    kinds = {formats.TEXT: Value("string"), formats.MESSAGES: List(Json()), formats.LABEL: Value("bool")}
+    handed_on = {"tools": Json(), "image": Value("string"), "images": List(Value("string"))}  # images in files: paths
+    features = {name: kinds[kind] for name, kind in fmt.outputs.items()}
+    for name in carried:
+        known = source.features is not None and name in IMAGE_COLUMNS
+        features[name] = _decoding(source.features[columns.get(name, name)]) if known else handed_on[name]
+    numbers = dict.fromkeys((ROW, LINE, KEY, PROMPT_KEY, PROMPT_BYTES, PROMPT_TURNS, ASKS), Value("int64"))
+    return Features({**features, FILE: Value("string"), **numbers, PROBLEMS: Value("string")})
+
+
+def _decoding(feature: Any) -> Any:
+    """The feature of an image column as the vision modules want it: images, not bytes."""
+    from datasets import Image
+
+    return Image() if isinstance(feature, Image) else feature
+
+
+def prepared_rows(
+    shards: list[Shard], format_name: list[str], columns: list[dict[str, str]], carried: list[tuple[str, ...]]
+) -> Iterator[Row]:
+    """Convert the rows of some shards. The lists have one entry per shard."""
+    for shard, name, mapping, handed_on in zip(shards, format_name, columns, carried, strict=True):
+        fmt = next(fmt for fmt in formats.FORMATS if fmt.name == name)
+        for raw in shard.rows():
+            yield prepared_row(raw, shard.path, fmt, mapping, handed_on)
+
+
+def prepared_row(raw: RawRow, path: str, fmt: Format, columns: dict[str, str], carried: tuple[str, ...]) -> Row:
+    """One row in TRL's columns and `META`; without TRL's columns when it has problems."""
+    place = {FILE: path, ROW: raw.number, LINE: raw.line}
+    if raw.problem is not None or raw.row is None:
+        return place | {PROBLEMS: _dump([raw.problem])}
+    try:
+        converted = fmt.convert(renamed(raw.row, columns))
+        _check_carried(converted, carried)
+        return place | converted | _known_about(converted)
+    except BadRow as error:
+        return place | {PROBLEMS: _dump(error.problems)}
+    except UnicodeEncodeError:
+        text = "holds half of a surrogate pair, which is no text"
+        return place | {PROBLEMS: _dump([FieldProblem("encoding", None, text, "write the character whole")])}
+
+
+def _check_carried(converted: Row, carried: tuple[str, ...]) -> None:
+    """Raises `BadRow` when a stream, whose columns are known from its first rows, shows a new one."""
+    late = [name for name in formats.CARRIED_COLUMNS if name in converted and name not in carried]
+    text, remedy = f"is not in the first {SAMPLE} rows, which tell the columns of a stream", "move such a row to the front"
+    if late:
+        raise BadRow([FieldProblem("type", name, text, remedy) for name in late])
+
+
+def renamed(row: Row, columns: dict[str, str]) -> Row:
+    """The row with its columns renamed as `--columns` says."""
+    if not columns:
+        return row
+    moved = set(columns.values())
+    if {"chosen", "rejected"} & set(columns):  # scores stand beside the columns as they were
+        moved |= {name for pair in formats.SCORES for name in pair}
+    kept = {name: value for name, value in row.items() if name not in moved}
+    return kept | {name: row[origin] for name, origin in columns.items() if origin in row}
+
+
+def _dump(problems: Any) -> str:
+    return json.dumps([asdict(problem) for problem in problems], ensure_ascii=False)
+
+
+def _known_about(converted: Row) -> Row:
+    prompt = formats.prompt_of(converted)
+    turns = prompt if isinstance(prompt, list) else []
+    key = _hash(converted)
+    return {
+        KEY: key,
+        PROMPT_KEY: key if prompt is None else _hash(prompt),
+        PROMPT_BYTES: _size(prompt) + _size(converted.get("tools")),
+        PROMPT_TURNS: len(turns),
+        ASKS: _asks(turns[-1].get("content") if turns else prompt) + 2 * _asks(_last_text(converted)),
+    }
+
+
+def _size(value: Any) -> int:
+    """Bytes of all text in a value, keys included where it is more than a text in a message."""
+    if value is None:
+        return 0
+    if isinstance(value, str):
+        return len(value.encode())
+    if isinstance(value, list) and all(isinstance(turn, dict) and set(turn) == {"role", "content"} for turn in value):
+        return sum(_size(turn["content"]) for turn in value)
+    return len(json.dumps(value, ensure_ascii=False, default=str).encode())
+
+
+def _hash(value: Any) -> int:
+    """64 bits of the content, the same on every machine; a pair in a million rows agrees by chance once in 10^7."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
+
+
+def _asks(text: Any) -> bool:
+    return isinstance(text, str) and text.rstrip().endswith(QUESTION_MARKS)
+
+
+def _last_text(converted: Row) -> Any:
+    answer = converted.get("completion") or converted.get("messages") or ""
+    return answer[-1].get("content") if isinstance(answer, list) else answer
+
+
+def _cache_key(source: Source, fmt: Format, columns: dict[str, str], features: Features) -> str:
+    """What the prepared file depends on. File names are part of it, because messages name them."""
+    files = list(dict.fromkeys(shard.path for shard in source.shards))
+    parts = [source.digest, fmt.name, columns, files, str(features), _code_version()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@cache
+def _code_version() -> str:
+    """A hash of the code that prepares rows: after a change of it, nothing old comes out of the cache."""
+    from llmcore_hf.data import reading
+
+    digest = hashlib.sha256()
+    for module in (formats.__file__, reading.__file__, __file__):
+        digest.update(Path(str(module)).read_bytes())
+    return digest.hexdigest()

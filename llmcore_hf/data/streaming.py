@@ -1,0 +1,116 @@
+"""Train on rows while they are read (`--dataset_streaming`): nothing is prepared beforehand, nothing lies on disk.
+
+Every row is checked when it comes by. Problems that need the whole dataset (duplicates, swapped columns) cannot be
+seen; a training prompt that is held out can, and is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmcore_hf.data import preparing
+from llmcore_hf.data.auditing import LengthLimit
+from llmcore_hf.data.loading import DataArguments, Opened, Splits, fingerprint, judge
+from llmcore_hf.data.preparing import FILE, LINE, META, PROBLEMS, PROMPT_BYTES, PROMPT_KEY, PROMPT_TURNS, ROW
+from llmcore_hf.data.problems import DROP, KEEP, Problem, Report
+from llmcore_hf.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+
+class Gate:
+    """Lets the good rows of one split through and deals with the others as `--on_bad_rows` says.
+
+    A row that comes by again (another epoch, a look at the first row) is counted once.
+    """
+
+    def __init__(self, split: str, args: DataArguments, limit: LengthLimit | None, report: Report) -> None:
+        self.split, self.args, self.limit, self.report = split, args, limit, report
+        self.held_out: dict[int, str] = {}  # prompt hash -> name of the held-out split it stands in
+        self.seen: set[tuple[Any, ...]] = set()
+
+    def __call__(self, row: dict[str, Any]) -> bool:
+        """Whether the row is trained on. Raises `BadData` for a problem that stops the run."""
+        problems = list(self._problems(row))
+        place = row[FILE], row[ROW], row[LINE]
+        if problems and place not in self.seen:
+            self.seen.add(place)
+            found = Report()
+            found.add(problems)
+            if found.stops(self.args.on_bad_rows):
+                judge(found, str(self.args.dataset_name), self.args.on_bad_rows, None)
+            self.report.add(problems)
+            self.report.rows_dropped += self.args.on_bad_rows != KEEP
+        return not problems or self.args.on_bad_rows == KEEP
+
+    def _problems(self, row: dict[str, Any]) -> Iterator[Problem]:
+        place = {"split": self.split, "file": row[FILE], "row": row[ROW], "line": row[LINE]}
+        if row[PROBLEMS] is not None:
+            yield from (Problem(**place, **found) for found in json.loads(row[PROBLEMS]))
+            return
+        if row[PROMPT_KEY] in self.held_out:
+            text = f"has a prompt of the held-out split `{self.held_out[row[PROMPT_KEY]]}`"
+            yield Problem("leak", **place, field=None, text=text, remedy="remove it from one of the splits")
+        size, turns = np.array([row[PROMPT_BYTES]]), np.array([row[PROMPT_TURNS]])
+        if self.limit and self.limit.may_be_too_long(size, turns)[0] and (text := self.limit.problem(row)):
+            yield Problem("too_long", **place, field=None, text=text, remedy="raise --max_length, or shorten the prompt")
+
+
+def stream_splits(
+    args: DataArguments, opened: Opened, names: dict[str, str], chooses_best: bool, limit: LengthLimit | None
+) -> Splits:
+    """Training rows as a stream, held-out rows in memory: of their own split, or the first rows of the stream.
+
+    Raises:
+        UserError: the held-out rows cannot be told apart from those that are trained on.
+        BadData: a row among the held-out ones has problems.
+    """
+    report = Report()
+    if args.max_eval_samples is None:
+        raise UserError("--dataset_streaming holds out the first --max_eval_samples rows: give a number")
+    if chooses_best and "validation" not in names:
+        raise UserError(
+            f"--load_best_model_at_end chooses on a split `validation`, which {opened.name} has not: add one, or leave "
+            "out --dataset_streaming, so that rows can be set aside"
+        )
+    train = preparing.stream(opened.sources[names["train"]], opened.format, opened.columns)
+    n_aside = 0 if "test" in names else args.max_eval_samples
+    held_out: dict[str, Dataset] = {}
+    for role in ("test", "validation"):
+        if role in names or role == "test":
+            name = names.get(role, names["train"])
+            rows = preparing.stream(opened.sources[name], opened.format, opened.columns)
+            held_out[role] = _first(rows, Gate(name, args, limit, report), args.max_eval_samples)
+    held_out.setdefault("validation", held_out["test"])
+    gate = Gate(names["train"], args, limit, report)
+    for role, rows in held_out.items():
+        gate.held_out |= dict.fromkeys(rows[PROMPT_KEY], names.get(role, role))
+    rows = train.skip(n_aside).filter(gate)
+    if args.max_train_samples:
+        rows = rows.take(args.max_train_samples)
+    return Splits(
+        train=rows.remove_columns(list(META)),
+        **{role: rows.remove_columns(list(META)) for role, rows in held_out.items()},
+        source=opened.name,
+        format=opened.format.name,
+        fingerprint=fingerprint(held_out),
+        report=report,
+        on_bad_rows=args.on_bad_rows,
+    )
+
+
+def _first(rows: IterableDataset, gate: Gate, n: int) -> Dataset:
+    """The first `n` rows, without those that the gate holds back."""
+    from datasets import Dataset
+
+    found = [row for row in islice(rows, n) if gate(row)]
+    if not found:
+        raise UserError(f"{gate.args.dataset_name} has no usable row to hold out among its first {n}")
+    return Dataset.from_list(found, features=rows.features)
