@@ -18,6 +18,7 @@ usage: {prog} --module NAME --toy                 run a lesson's offline recipe
        {prog} --module NAME [--config FILE] [options]   train on your own model and data
        {prog} --module NAME --help                the options of a module, with defaults
        {prog} --list                              all modules
+       {prog} data inspect FILE                    what a dataset is, what is wrong with it, what carries loss
        {prog} env                                 versions and hardware, for a bug report
 
 Values come in layers: defaults < recipes/NAME/toy.yaml (with --toy) < --config FILE < command line.
@@ -58,6 +59,11 @@ def _dispatch(argv: list[str]) -> int:
 
         print_report()
         return 0
+    if argv[:1] == ["data"]:
+        from llmcore_hf.inspection import main as data_command
+
+        _quiet_defaults()
+        return data_command(argv[1:], _prog())
     if "--version" in argv:
         print(f"llmcore_hf {__version__}")
         return 0

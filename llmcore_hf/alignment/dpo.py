@@ -27,6 +27,7 @@ from llmcore_hf.errors import UserError
 from llmcore_hf.run_dir import RunDirectory
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
 house_defaults = training.house_defaults
@@ -79,14 +80,13 @@ def run(config: Config, run_dir: RunDirectory) -> None:
     args: DPOConfig = config.part(argument_classes()[-1])
     data_args = config.part(DataArguments)
     job = training.prepare(config, config.part(ModelArguments), args)
-    longest = args.max_length and training.PromptLimit(job.tokenizer, lambda row: _encode(row, job)[0], args.max_length)
     splits = load(
         data_args,
         "preference",
         args.seed,
         args.dataset_num_proc,
         args.load_best_model_at_end,
-        limit=longest or None,
+        limit=prompt_limit_of(job, args.max_length),
         bad_rows_file=run_dir.path / training.BAD_ROWS,
     )
     training.require_chat_template(job.tokenizer, splits)
@@ -113,6 +113,30 @@ def run(config: Config, run_dir: RunDirectory) -> None:
     run_dir.summary["samples"] = training.samples(held_out.questions, shown, before.answers, after.answers)
     training.write_model_card(run_dir, trainer, job, splits)
     run_dir.write("training_curves.png", draw_curves(run_dir, job, splits))
+
+
+def prompt_limit_of(job: Job, max_length: int | None) -> training.PromptLimit | None:
+    longest = max_length or job.context
+    return training.PromptLimit(job.tokenizer, lambda row: _encode(row, job)[0], longest) if longest else None
+
+
+def as_trained(job: Job, rows: Dataset, max_length: int) -> list[list[training.SeenRow]]:
+    """What TRL's trainer makes of each row: with its chosen and with its rejected answer."""
+    from trl import DPOConfig, DPOTrainer
+
+    with training.stand_in(job, DPOConfig, max_length=None) as parts:
+        trainer = DPOTrainer(train_dataset=rows, **parts)
+        batches = [(row, trainer.data_collator([row])) for row in trainer.train_dataset]
+    return [
+        [_seen(f"With {side}", batch, i, len(row["prompt_ids"]), max_length) for i, side in enumerate(("chosen", "rejected"))]
+        for row, batch in batches
+    ]
+
+
+def _seen(title: str, batch: dict[str, Any], i: int, n_prompt: int, max_length: int) -> training.SeenRow:
+    n = int(batch["attention_mask"][i].sum())
+    ids, mask = (batch[name][i, : min(n, max_length)].tolist() for name in ("input_ids", "completion_mask"))
+    return training.SeenRow(title, ids, [bool(bit) for bit in mask], n_prompt, n)
 
 
 def make_trainer(config: Config, job: Job, splits: Splits, args: DPOConfig) -> DPOTrainer:

@@ -23,6 +23,7 @@ from llmcore_hf.errors import UserError
 from llmcore_hf.run_dir import RunDirectory
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
 house_defaults = training.house_defaults
@@ -96,9 +97,38 @@ def loss_on_prompt(config: Config) -> bool:
 
 def prompt_limit(config: Config, job: Job, args: SFTConfig) -> training.PromptLimit | None:
     """None where a long prompt does no harm, or is not known yet because another chat template comes first."""
-    if args.max_length is None or args.packing or args.chat_template_path or loss_on_prompt(config):
+    if args.packing or args.chat_template_path or loss_on_prompt(config):
         return None
-    return training.PromptLimit(job.tokenizer, lambda row: _up_to_first_answer(row, job), args.max_length)
+    return prompt_limit_of(job, args.max_length)
+
+
+def prompt_limit_of(job: Job, max_length: int | None) -> training.PromptLimit | None:
+    longest = max_length or job.context
+    return training.PromptLimit(job.tokenizer, lambda row: _up_to_first_answer(row, job), longest) if longest else None
+
+
+def as_trained(job: Job, rows: Dataset, max_length: int) -> list[list[training.SeenRow]]:
+    """What TRL's trainer makes of each row."""
+    from trl import SFTConfig, SFTTrainer
+
+    messages = "messages" in rows.column_names
+    options = {"max_length": None, "assistant_only_loss": messages}  # uncut, so that no row is left out
+    with training.stand_in(job, SFTConfig, **options) as parts:
+        trainer = SFTTrainer(train_dataset=rows, **parts)
+        prepared = list(trainer.train_dataset)
+        labels = [trainer.data_collator([row])["labels"][0].tolist() for row in prepared]
+    return [
+        [
+            training.SeenRow(
+                "Row",
+                row["input_ids"][:max_length],
+                [label != IGNORED for label in found[:max_length]],
+                next((i for i, label in enumerate(found) if label != IGNORED), len(found)),
+                len(row["input_ids"]),
+            )
+        ]
+        for row, found in zip(prepared, labels, strict=True)
+    ]
 
 
 def make_trainer(config: Config, job: Job, splits: Splits, args: SFTConfig) -> SFTTrainer:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import itertools
 import math
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -194,6 +196,18 @@ class Job:
     name: str  # as the user wrote it
     path: str
     tokenizer: PreTrainedTokenizerBase
+    context: int | None  # positions of the model, in tokens
+
+
+def load_job(name: str, revision: str = "main", trust_remote_code: bool = False) -> Job:
+    """Find the checkpoint and read its tokenizer.
+
+    Raises:
+        UserError: there is no such checkpoint.
+    """
+    path = loading.resolve_name(name)
+    tokenizer = loading.load_tokenizer(path, revision, trust_remote_code)
+    return Job(name, path, tokenizer, loading.context_length(path, revision, trust_remote_code))
 
 
 def prepare(config: Config, model_args: ModelConfig, training_args: Any) -> Job:
@@ -201,16 +215,19 @@ def prepare(config: Config, model_args: ModelConfig, training_args: Any) -> Job:
 
     Seeding comes before the trainer is built, because that is where LoRA draws its initial weights.
     """
-    _quieten()
+    quieten()
     set_seed(training_args.seed)
-    name = str(model_args.model_name_or_path)
-    path = loading.resolve_name(name)
-    tokenizer = loading.load_tokenizer(path, model_args.model_revision, training_args.trust_remote_code)
+    job = load_job(str(model_args.model_name_or_path), model_args.model_revision, training_args.trust_remote_code)
+    if job.context and (training_args.max_length or 0) > job.context:
+        raise UserError(
+            f"--max_length {training_args.max_length} is more than the {job.context} tokens of {job.name}'s context"
+        )
     training_args.model_init_kwargs = loading.init_kwargs(model_args, training_args.model_init_kwargs)
-    return Job(name, path, tokenizer)
+    return job
 
 
-def _quieten() -> None:
+def quieten() -> None:
+    """Turn off warnings nobody can act on, and progress bars where nobody sees them move."""
     import warnings
 
     import datasets
@@ -270,6 +287,33 @@ class PromptLimit:
         except Exception:  # a template may refuse any conversation, in its own words: then every row is tokenized
             return math.inf, 0.0
         return one + self.SLACK, (three - one) / 2 + self.SLACK
+
+
+@dataclasses.dataclass
+class SeenRow:
+    """A row as a trainer sees it: what is left of it, and which tokens carry loss."""
+
+    title: str
+    ids: list[int]
+    carries_loss: list[bool]
+    n_prompt: int  # tokens before the first answer, whole
+    n_full: int  # tokens of the whole row, before it was cut off
+
+    def stretches(self) -> Iterator[tuple[bool, list[int]]]:
+        """Neighbouring tokens that all carry loss, or all do not."""
+        pairs = zip(self.carries_loss, self.ids, strict=True)
+        for carries_loss, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
+            yield carries_loss, [token for _, token in group]
+
+
+@contextmanager
+def stand_in(job: Job, config_class: Any, **options: Any) -> Iterator[dict[str, Any]]:
+    """Model, config and tokenizer for a trainer that shall only prepare a dataset: a tiny model takes the real one's place."""
+    quiet = {"bf16": False, "activation_checkpointing": False, "report_to": "none", "disable_tqdm": True}
+    with tempfile.TemporaryDirectory() as folder:
+        tiny.make_model("qwen3", job.tokenizer, seed=0).save_pretrained(folder)
+        args = config_class(output_dir=folder, use_cpu=True, **quiet, **options)
+        yield {"model": folder, "args": args, "processing_class": job.tokenizer}
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase, splits: Splits) -> None:

@@ -106,9 +106,10 @@ class Format:
         found = Found()
         converted = self.read(row, found)
         _check_scores(row, found)
+        carried = {"tools": _tools(row, found), "image": row.get("image"), "images": row.get("images")}
         if found:
             raise BadRow(found)
-        return converted | {name: row[name] for name in CARRIED_COLUMNS if row.get(name) is not None}
+        return converted | {name: value for name, value in carried.items() if value is not None}
 
 
 def known_columns() -> set[str]:
@@ -138,8 +139,8 @@ def detect(columns: Sequence[str], rows: Sequence[Row], where: str) -> Format:
 def why(fmt: Format) -> str:
     """One sentence that says how `fmt` was recognised."""
     kinds = {kind for name, kind in fmt.outputs.items() if name in fmt.columns}
-    holds = " holding messages" if MESSAGES in kinds else ""
-    return f"the columns {', '.join(fmt.columns)} are there{holds}"
+    where = ", the first of them with messages" if MESSAGES in kinds and len(fmt.columns) > 1 else ""
+    return f"it has the column{'s' if len(fmt.columns) > 1 else ''} {', '.join(fmt.columns)}{where}"
 
 
 def prompt_of(converted: Row) -> Any:
@@ -153,6 +154,20 @@ def prompt_of(converted: Row) -> Any:
 def _kind(value: Any) -> str:
     names = {str: "text", dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number"}
     return "nothing" if value is None else names.get(type(value), f"a {type(value).__name__}")
+
+
+def _tools(row: Row, found: Found) -> list[Any] | None:
+    """Tool descriptions, which may be written as JSON text; None when there are none."""
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools or "null")
+        except ValueError:
+            found.add("json", "tools", "is not valid JSON", 'write a list [{"type": "function", ...}], or leave it empty')
+            return None
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        found.add("type", "tools", f"must be a list of objects, but is {_kind(tools)}", "list one object per tool")
+    return tools or None
 
 
 def _text(row: Row, field: str, found: Found, *, may_be_empty: bool = False) -> str:
@@ -194,7 +209,7 @@ def _message(message: Any, field: str, found: Found) -> dict[str, Any]:
         return {}
     role = message.get("role")
     if role not in OPENAI_ROLES:
-        found.add("role", f"{field}.role", f"{_show(role)} is not a role", f"use one of {', '.join(OPENAI_ROLES)}")
+        found.add("role", f"{field}.role", f"is {_show(role)}, which is not a role", f"use one of {', '.join(OPENAI_ROLES)}")
         return {}
     _check_content(message, field, found)
     cleaned = {key: value for key, value in message.items() if value is not None}
@@ -253,7 +268,7 @@ def _turn(turn: Any, field: str, found: Found) -> dict[str, Any]:
     speaker = turn.get("from")
     if speaker not in SHAREGPT_ROLES:
         known = ", ".join(SHAREGPT_ROLES)
-        found.add("role", f"{field}.from", f"{_show(speaker)} is not a speaker", f"use one of {known}")
+        found.add("role", f"{field}.from", f"is {_show(speaker)}, which is not a speaker", f"use one of {known}")
         return {}
     before = len(found)
     text = _text({f"{field}.value": turn.get("value")}, f"{field}.value", found, may_be_empty=speaker == "system")
@@ -282,7 +297,7 @@ def _check_order(messages: Messages, field: str, found: Found) -> None:
     for i, message in enumerate(messages):
         role = message["role"]
         if before not in MAY_FOLLOW[role]:
-            place = "stands first" if before is None else f"follows a turn of `{before}`"
+            place = "stands first" if before is None else f"follows one of `{before}`"
             remedy = {
                 "system": "put the system turn first",
                 "developer": "put the developer turn first",
@@ -291,7 +306,7 @@ def _check_order(messages: Messages, field: str, found: Found) -> None:
             found.add(
                 "order",
                 f"{field}[{i}]",
-                f"a turn of `{role}` {place}",
+                f"is a turn of `{role}` and {place}",
                 remedy or "user and assistant take turns, the user first: are the speakers swapped?",
             )
             return

@@ -288,7 +288,7 @@ def _json_lines(shard: TextShard) -> Iterator[RawRow]:
 
 def _json_line(line: bytes, number: int) -> RawRow:
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8").rstrip())
     except UnicodeDecodeError as error:
         return RawRow(None, number, None, _not_utf8(line, error))
     except json.JSONDecodeError as error:

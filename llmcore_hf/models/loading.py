@@ -55,3 +55,11 @@ def load_tokenizer(name: str, revision: str, trust_remote_code: bool) -> PreTrai
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
         raise UserError(f"the model `{name}` has no tokenizer files: its tokenizer turns every text into nothing")
     return tokenizer
+
+
+def context_length(name: str, revision: str, trust_remote_code: bool) -> int | None:
+    """Positions the model was made for, in tokens; None when its config does not say."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)

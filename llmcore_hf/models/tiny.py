@@ -29,14 +29,24 @@ if TYPE_CHECKING:
 PAD, USER_START, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VOCAB_SIZE = 320  # 256 bytes, 3 special tokens, the rest merges
 CONTEXT = 2048
-RECIPE_VERSION = 3  # raise it when the code below would make other checkpoints than before
+RECIPE_VERSION = 4  # raise it when the code below would make other checkpoints than before
 
-# ChatML. The markers tell `assistant_only_loss` what the assistant wrote, its end-of-turn token included.
+# ChatML, with tools and tool calls as Qwen writes them. The markers tell `assistant_only_loss` what the assistant wrote,
+# its end-of-turn token included.
 CHAT_TEMPLATE = (
+    "{%- if tools %}"
+    "{{- '<|im_start|>system\\n# Tools\\n<tools>' }}"
+    "{%- for tool in tools %}{{- '\\n' + (tool | tojson) }}{%- endfor %}"
+    "{{- '\\n</tools><|im_end|>\\n' }}"
+    "{%- endif %}"
     "{%- for message in messages %}"
     "{{- '<|im_start|>' + message['role'] + '\\n' }}"
     "{%- if message['role'] == 'assistant' %}"
-    "{%- generation %}{{- (message['content'] or '') + '<|im_end|>' }}{%- endgeneration %}"
+    "{%- generation %}{{- message['content'] or '' }}"
+    "{%- for call in message['tool_calls'] or [] %}"
+    "{{- '\\n<tool_call>\\n' + (call['function'] | tojson) + '\\n</tool_call>' }}"
+    "{%- endfor %}"
+    "{{- '<|im_end|>' }}{%- endgeneration %}"
     "{%- else %}{{- message['content'] + '<|im_end|>' }}{%- endif %}"
     "{{- '\\n' }}"
     "{%- endfor %}"
