@@ -37,10 +37,16 @@ class InspectArguments:
     dataset_train_split: str = field(default="train", metadata={"help": "The split that is trained on."})
     columns: str | None = field(default=None, metadata={"help": "As in training: `prompt=question,completion=answer`."})
     model_name_or_path: str = field(
-        default="tiny-qwen", metadata={"help": "Whose tokenizer and chat template to use: a folder, a hub id, a tiny one."}
+        default="tiny-qwen",
+        metadata={"help": "Whose tokenizer and chat template to use: a folder, a hub id, a tiny one."},
     )
     max_length: int = field(default=1024, metadata={"help": "Length limit in tokens, as in training."})
-    row: int = field(default=0, metadata={"help": "Which row to show as the trainer sees it, counted from 0; when it cannot be read, the next."})
+    row: int = field(
+        default=0,
+        metadata={
+            "help": "Which row to show as the trainer sees it, counted from 0; when it cannot be read, the next."
+        },
+    )
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that read the file."})
 
 
@@ -78,7 +84,9 @@ def _is_fine(values: dict[str, Any], name: str) -> bool:
 
 
 def _help(options: Any) -> str:
-    lines = [f"  --{name:<22} {f.metadata['help']} (default: {options.defaults[name]})" for name, f in options.fields.items()]
+    lines = [
+        f"  --{name:<22} {f.metadata['help']} (default: {options.defaults[name]})" for name, f in options.fields.items()
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -131,7 +139,9 @@ def _module(name: str) -> Any:
 def _print_facts(console: Any, opened: Opened, splits: dict[str, Split], why: str) -> None:
     fmt = opened.format
     outputs = ", ".join(f"{name} ({kind})" for name, kind in fmt.outputs.items())
-    counts = ", ".join(f"{name} {len(split.good)} ({int(split.good.sum())} without problems)" for name, split in splits.items())
+    counts = ", ".join(
+        f"{name} {len(split.good)} ({int(split.good.sum())} without problems)" for name, split in splits.items()
+    )
     facts = {
         "dataset": opened.name,
         "format": f"{fmt.name}: {why}",
@@ -156,7 +166,9 @@ def _print_rows(console: Any, opened: Opened, split: Split, job: Job, args: Insp
         return
     if args.row not in range(len(split.good)):
         raise ConfigError([f"--row {args.row}: there are {len(split.good)} rows, counted from 0"])
-    shown = readable[np.searchsorted(readable, args.row).clip(max=len(readable) - 1)]  # that row or the next readable one
+    shown = readable[
+        np.searchsorted(readable, args.row).clip(max=len(readable) - 1)
+    ]  # that row or the next readable one
     spread = np.unique(np.linspace(0, len(readable) - 1, min(N_MEASURED, len(readable))).astype(int))
     rows = split.rows.select(np.concatenate([[shown], readable[spread]])).remove_columns(list(META))
     seen = _module(TRAINERS[opened.format.task]).as_trained(job, rows, args.max_length)
@@ -200,4 +212,3 @@ def _coloured(row: SeenRow, job: Job, coloured: bool) -> Text:
         else:
             text.append(f"[[{piece}]]" if carries_loss else piece)
     return text
-

@@ -128,7 +128,10 @@ def as_trained(job: Job, rows: Dataset, max_length: int) -> list[list[training.S
         trainer = DPOTrainer(train_dataset=rows, **parts)
         batches = [(row, trainer.data_collator([row])) for row in trainer.train_dataset]
     return [
-        [_seen(f"With {side}", batch, i, len(row["prompt_ids"]), max_length) for i, side in enumerate(("chosen", "rejected"))]
+        [
+            _seen(f"With {side}", batch, i, len(row["prompt_ids"]), max_length)
+            for i, side in enumerate(("chosen", "rejected"))
+        ]
         for row, batch in batches
     ]
 

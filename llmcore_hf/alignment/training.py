@@ -132,7 +132,9 @@ def _check_data(values: dict[str, Any]) -> list[str]:
         if values["max_eval_samples"] is None:
             problems.append("--dataset_streaming needs --max_eval_samples: held-out rows are kept in memory")
         if values["dataloader_num_workers"]:
-            problems.append("--dataset_streaming checks rows in the training process: --dataloader_num_workers must be 0")
+            problems.append(
+                "--dataset_streaming checks rows in the training process: --dataloader_num_workers must be 0"
+            )
     return problems
 
 
@@ -279,10 +281,15 @@ class PromptLimit:
         """Tokens that the chat template adds to the first turn, and to each further one."""
         if not self.tokenizer.chat_template:
             return -math.inf, 0.0  # `require_chat_template` refuses conversations
-        turns = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}, {"role": "user", "content": "-"}]
+        turns = [
+            {"role": "user", "content": "-"},
+            {"role": "assistant", "content": "-"},
+            {"role": "user", "content": "-"},
+        ]
         try:
             one, three = (
-                len(self.tokenizer.apply_chat_template(turns[:n], add_generation_prompt=True)["input_ids"]) for n in (1, 3)
+                len(self.tokenizer.apply_chat_template(turns[:n], add_generation_prompt=True)["input_ids"])
+                for n in (1, 3)
             )
         except Exception:  # a template may refuse any conversation, in its own words: then every row is tokenized
             return math.inf, 0.0
@@ -507,7 +514,9 @@ def describe_data(splits: Splits, trainer: Trainer, shares: dict[str, float | No
     """
     n_train = _count(splits.train)
     n_left_out = len(splits.test) - n_eval
-    if n_train is not None and not getattr(trainer.args, "packing", False):  # packing merges rows, so they cannot be counted
+    if n_train is not None and not getattr(
+        trainer.args, "packing", False
+    ):  # packing merges rows, so they cannot be counted
         n_left_out += n_train - len(trainer.train_dataset)
         n_train = len(trainer.train_dataset)
     if n_left_out:
@@ -544,6 +553,9 @@ def record_stream(run: RunDirectory, splits: Splits) -> None:
     if _count(splits.train) is None and splits.report.total:
         if distributed.is_main_process():
             splits.report.save(run.path / BAD_ROWS)
+            print(
+                f"{splits.report.describe(splits.source)}\nAll of them stand in {run.path / BAD_ROWS}.", file=sys.stderr
+            )
         run.summary["data"] |= {"n_dropped": splits.report.rows_dropped, "problems": dict(splits.report.counts)}
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # Columns are suspected to be swapped when answers end in a question mark far more often than prompts do.
 ASKING_SHARE, ASKING_ROWS = 0.5, 10
+TOO_LONG = "raise --max_length, or shorten the prompt"
 
 
 class Split:
@@ -45,17 +46,17 @@ class Split:
         values = self.rows.data.column(name)
         return (values.is_null() if valid else values.fill_null(0)).to_numpy()
 
-    def problem(self, index: int, kind: str, field: str | None, text: str, remedy: str) -> Problem:
+    def problem(self, index: Any, kind: str, field: str | None, text: str, remedy: str) -> Problem:
         """A problem at the place of row `index`, which is no longer good."""
         self.good[index] = False
         return Problem(kind, self.name, *self.place(index), field, text, remedy)
 
-    def place(self, index: int) -> tuple[str, int | None, int | None]:
+    def place(self, index: Any) -> tuple[str, int | None, int | None]:
         """(file, row, line) of row `index`."""
         file, row, line = (self.rows.data.column(name)[int(index)].as_py() for name in (FILE, ROW, LINE))
         return file, row, line
 
-    def shown_place(self, index: int) -> str:
+    def shown_place(self, index: Any) -> str:
         file, row, line = self.place(index)
         return f"{file}, {place_of(row, line)}"
 
@@ -117,4 +118,4 @@ def too_long(split: Split, limit: LengthLimit) -> Iterator[Problem]:
     candidates = split.good & limit.may_be_too_long(split.column(PROMPT_BYTES), split.column(PROMPT_TURNS))
     for index in np.flatnonzero(candidates):
         if text := limit.problem(split.rows[int(index)]):
-            yield split.problem(index, "too_long", None, text, "raise --max_length, or shorten the prompt")
+            yield split.problem(index, "too_long", None, text, TOO_LONG)

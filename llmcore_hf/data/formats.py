@@ -163,7 +163,9 @@ def _tools(row: Row, found: Found) -> list[Any] | None:
         try:
             tools = json.loads(tools or "null")
         except ValueError:
-            found.add("json", "tools", "is not valid JSON", 'write a list [{"type": "function", ...}], or leave it empty')
+            found.add(
+                "json", "tools", "is not valid JSON", 'write a list [{"type": "function", ...}], or leave it empty'
+            )
             return None
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         found.add("type", "tools", f"must be a list of objects, but is {_kind(tools)}", "list one object per tool")
@@ -209,7 +211,9 @@ def _message(message: Any, field: str, found: Found) -> dict[str, Any]:
         return {}
     role = message.get("role")
     if role not in OPENAI_ROLES:
-        found.add("role", f"{field}.role", f"is {_show(role)}, which is not a role", f"use one of {', '.join(OPENAI_ROLES)}")
+        found.add(
+            "role", f"{field}.role", f"is {_show(role)}, which is not a role", f"use one of {', '.join(OPENAI_ROLES)}"
+        )
         return {}
     _check_content(message, field, found)
     cleaned = {key: value for key, value in message.items() if value is not None}
@@ -478,7 +482,9 @@ def _check_scores(row: Row, found: Found) -> None:
         high, low = row.get(chosen), row.get(rejected)
         if isinstance(high, int | float) and isinstance(low, int | float) and high < low:
             text = f"has the lower score ({chosen} {high} < {rejected} {low}): are chosen and rejected swapped?"
-            found.add("swapped", "chosen", text, "exchange them (--columns chosen=rejected,rejected=chosen for all rows)")
+            found.add(
+                "swapped", "chosen", text, "exchange them (--columns chosen=rejected,rejected=chosen for all rows)"
+            )
 
 
 def _is_messages(value: Any) -> bool:
@@ -489,7 +495,9 @@ def _is_list(column: str) -> Callable[[Row], bool]:
     return lambda row: isinstance(row[column], list)
 
 
-def _format(name: str, task: str, columns: str, outputs: str, read: Callable[[Row, Found], Row], **options: Any) -> Format:
+def _format(
+    name: str, task: str, columns: str, outputs: str, read: Callable[[Row, Found], Row], **options: Any
+) -> Format:
     kinds = dict(output.split(":") for output in outputs.split())
     return Format(name, task, tuple(columns.split()), kinds, read, **options)
 
@@ -509,9 +517,7 @@ FORMATS = (
         _from_sharegpt_preference,
         accepts=lambda row: isinstance(row["chosen"], dict),
     ),
-    _format(
-        "alpaca preference", PREFERENCE, "instruction chosen rejected", CHAT_TRIPLE, _from_alpaca_preference
-    ),
+    _format("alpaca preference", PREFERENCE, "instruction chosen rejected", CHAT_TRIPLE, _from_alpaca_preference),
     _format(
         "TRL preference (conversational)",
         PREFERENCE,

@@ -84,8 +84,10 @@ def features_of(source: Source, fmt: Format, columns: dict[str, str], carried: t
     handed_on = {"tools": Json(), "image": Value("string"), "images": List(Value("string"))}  # images in files: paths
     features = {name: kinds[kind] for name, kind in fmt.outputs.items()}
     for name in carried:
-        known = source.features is not None and name in IMAGE_COLUMNS
-        features[name] = _decoding(source.features[columns.get(name, name)]) if known else handed_on[name]
+        if source.features is not None and name in IMAGE_COLUMNS:
+            features[name] = _decoding(source.features[columns.get(name, name)])
+        else:
+            features[name] = handed_on[name]
     numbers = dict.fromkeys((ROW, LINE, KEY, PROMPT_KEY, PROMPT_BYTES, PROMPT_TURNS, ASKS), Value("int64"))
     return Features({**features, FILE: Value("string"), **numbers, PROBLEMS: Value("string")})
 
@@ -126,7 +128,10 @@ def prepared_row(raw: RawRow, path: str, fmt: Format, columns: dict[str, str], c
 def _check_carried(converted: Row, carried: tuple[str, ...]) -> None:
     """Raises `BadRow` when a stream, whose columns are known from its first rows, shows a new one."""
     late = [name for name in formats.CARRIED_COLUMNS if name in converted and name not in carried]
-    text, remedy = f"is not in the first {SAMPLE} rows, which tell the columns of a stream", "move such a row to the front"
+    text, remedy = (
+        f"is not in the first {SAMPLE} rows, which tell the columns of a stream",
+        "move such a row to the front",
+    )
     if late:
         raise BadRow([FieldProblem("type", name, text, remedy) for name in late])
 

@@ -77,7 +77,8 @@ class Report:
         self.counts: Counter[str] = Counter()
         self.first: list[Problem] = []
         self.rows_dropped = 0
-        self._spool = tempfile.TemporaryFile("w+", encoding="utf-8")  # memory stays flat however many there are
+        # On disk, so that memory stays flat however many there are; it goes when the report goes.
+        self._spool = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
 
     def add(self, problems: Iterable[Problem]) -> None:
         for problem in problems:

@@ -388,7 +388,9 @@ def _csv_rows(shard: TextShard) -> Iterator[RawRow]:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield RawRow(number, line, None, FieldProblem("csv", None, f"is not valid CSV: {error}", "mend the quotes"))
+                yield RawRow(
+                    number, line, None, FieldProblem("csv", None, f"is not valid CSV: {error}", "mend the quotes")
+                )
                 number += 1
                 continue
             except UnicodeDecodeError:

@@ -9,16 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmcore_hf.data import preparing
+from llmcore_hf.data import auditing, preparing
 from llmcore_hf.data.auditing import LengthLimit
 from llmcore_hf.data.loading import DataArguments, Opened, Splits, fingerprint, judge
 from llmcore_hf.data.preparing import FILE, LINE, META, PROBLEMS, PROMPT_BYTES, PROMPT_KEY, PROMPT_TURNS, ROW
-from llmcore_hf.data.problems import DROP, KEEP, Problem, Report
+from llmcore_hf.data.problems import KEEP, Problem, Report
 from llmcore_hf.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,6 +32,7 @@ class Gate:
 
     def __init__(self, split: str, args: DataArguments, limit: LengthLimit | None, report: Report) -> None:
         self.split, self.args, self.limit, self.report = split, args, limit, report
+        self.set_aside_here = False  # held-out rows were chosen here: that a prompt is among them is nobody's fault
         self.held_out: dict[int, str] = {}  # prompt hash -> name of the held-out split it stands in
         self.seen: set[tuple[Any, ...]] = set()
 
@@ -44,7 +44,8 @@ class Gate:
             self.seen.add(place)
             found = Report()
             found.add(problems)
-            if found.stops(self.args.on_bad_rows):
+            forgiven = self.set_aside_here and set(found.counts) == {"leak"}
+            if not forgiven and found.stops(self.args.on_bad_rows):
                 judge(found, str(self.args.dataset_name), self.args.on_bad_rows, None)
             self.report.add(problems)
             self.report.rows_dropped += self.args.on_bad_rows != KEEP
@@ -59,8 +60,9 @@ class Gate:
             text = f"has a prompt of the held-out split `{self.held_out[row[PROMPT_KEY]]}`"
             yield Problem("leak", **place, field=None, text=text, remedy="remove it from one of the splits")
         size, turns = np.array([row[PROMPT_BYTES]]), np.array([row[PROMPT_TURNS]])
-        if self.limit and self.limit.may_be_too_long(size, turns)[0] and (text := self.limit.problem(row)):
-            yield Problem("too_long", **place, field=None, text=text, remedy="raise --max_length, or shorten the prompt")
+        too_long = self.limit.problem(row) if self.limit and self.limit.may_be_too_long(size, turns)[0] else None
+        if too_long:
+            yield Problem("too_long", **place, field=None, text=too_long, remedy=auditing.TOO_LONG)
 
 
 def stream_splits(
@@ -90,6 +92,7 @@ def stream_splits(
             held_out[role] = _first(rows, Gate(name, args, limit, report), args.max_eval_samples)
     held_out.setdefault("validation", held_out["test"])
     gate = Gate(names["train"], args, limit, report)
+    gate.set_aside_here = n_aside > 0
     for role, rows in held_out.items():
         gate.held_out |= dict.fromkeys(rows[PROMPT_KEY], names.get(role, role))
     rows = train.skip(n_aside).filter(gate)
