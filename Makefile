@@ -17,7 +17,7 @@ STAMPS := $(VENV)/.stamps
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast lint format seeds bench clean
+.PHONY: help demo test test-fast lint format seeds bench torture clean
 
 help:  ## list the targets
 	@echo "make <target>, where target is one of"
@@ -45,8 +45,12 @@ format: $(STAMPS)/dev  ## rewrite the code in the house format
 seeds: $(STAMPS)/base  ## run the toy recipes with several seeds (SEEDS="0 1 2 3 4")
 	$(PY) benchmarks/seeds.py --seeds $(SEEDS)
 
-bench: $(STAMPS)/base  ## compare run.py with a plain TRL script: time and losses
+bench: $(STAMPS)/base  ## compare with plain TRL: training time and losses, and preparing a million rows
 	$(PY) benchmarks/wrapper_overhead.py
+	$(PY) benchmarks/data_scale.py
+
+torture: $(STAMPS)/base  ## kill runs at random moments, resume them, compare with uninterrupted ones
+	$(PY) benchmarks/kill_resume.py
 
 clean:  ## remove builds and caches; keep the environment and output/
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
