@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from llmcore_hf import registry
 from llmcore_hf.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from llmcore_hf.alignment.training import Job, SeenRow
     from llmcore_hf.data.auditing import Split
     from llmcore_hf.data.loading import Opened
+    from llmcore_hf.registry import Module
 
 USAGE = """\
 usage: {prog} data inspect FILE [options]
@@ -25,8 +27,6 @@ FILE is what --dataset_name takes: a file, a folder, a hub id, a toy dataset. Ex
 
 """
 N_MEASURED = 1000  # rows whose lengths are measured, spread evenly over the dataset
-TRAINERS = {"sft": "llmcore_hf.alignment.sft", "preference": "llmcore_hf.alignment.dpo"}
-MODULES = {"sft": "--module sft", "preference": "--module dpo"}
 
 
 @dataclass
@@ -95,7 +95,7 @@ def inspect(name: str, args: InspectArguments) -> int:
     from rich.console import Console
 
     from llmcore_hf.alignment import training
-    from llmcore_hf.data import auditing, formats, preparing
+    from llmcore_hf.data import auditing, preparing
     from llmcore_hf.data.loading import DataArguments, column_mapping, find_problems, open_for_training
     from llmcore_hf.data.problems import Report
 
@@ -116,27 +116,23 @@ def inspect(name: str, args: InspectArguments) -> int:
         for split, source in opened.sources.items()
     }
     job = training.load_job(args.model_name_or_path)
-    trains = TRAINERS.get(opened.format.task)
-    limit = _module(trains).prompt_limit_of(job, args.max_length) if trains else None
+    module = registry.for_task(opened.format.task)
+    limit = module.load().prompt_limit_of(job, args.max_length) if module else None
     report = Report()
     report.add(find_problems(splits, args.dataset_train_split, name, limit))
 
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
-    _print_facts(console, opened, splits, formats.why(opened.format))
-    if trains:
-        _print_rows(console, opened, splits[args.dataset_train_split], job, args)
+    _print_facts(console, opened, splits, module)
+    if module:
+        _print_rows(console, splits[args.dataset_train_split], module, job, args)
     print()
     print(report.describe(name) if report.total else "No problems found.")
     return 1 if report.total else 0
 
 
-def _module(name: str) -> Any:
-    from importlib import import_module
+def _print_facts(console: Any, opened: Opened, splits: dict[str, Split], module: Module | None) -> None:
+    from llmcore_hf.data import formats
 
-    return import_module(name)
-
-
-def _print_facts(console: Any, opened: Opened, splits: dict[str, Split], why: str) -> None:
     fmt = opened.format
     outputs = ", ".join(f"{name} ({kind})" for name, kind in fmt.outputs.items())
     counts = ", ".join(
@@ -144,10 +140,10 @@ def _print_facts(console: Any, opened: Opened, splits: dict[str, Split], why: st
     )
     facts = {
         "dataset": opened.name,
-        "format": f"{fmt.name}: {why}",
+        "format": f"{fmt.name}: {formats.why(fmt)}",
         "columns": f"{', '.join(next(iter(opened.sources.values())).columns)} -> {outputs}",
         "mapped": ", ".join(f"{target} from {origin}" for target, origin in opened.columns.items()),
-        "for": MODULES.get(fmt.task, "no module of this version"),
+        "for": f"--module {module.name}" if module else "no module of this version",
         "rows": counts,
     }
     for key, value in facts.items():
@@ -155,7 +151,7 @@ def _print_facts(console: Any, opened: Opened, splits: dict[str, Split], why: st
             console.print(f"{key:<9} {value}", markup=False)
 
 
-def _print_rows(console: Any, opened: Opened, split: Split, job: Job, args: InspectArguments) -> None:
+def _print_rows(console: Any, split: Split, module: Module, job: Job, args: InspectArguments) -> None:
     """Lengths of a sample of rows, and one row with the tokens that carry loss."""
     import numpy as np
 
@@ -171,7 +167,7 @@ def _print_rows(console: Any, opened: Opened, split: Split, job: Job, args: Insp
     ]  # that row or the next readable one
     spread = np.unique(np.linspace(0, len(readable) - 1, min(N_MEASURED, len(readable))).astype(int))
     rows = split.rows.select(np.concatenate([[shown], readable[spread]])).remove_columns(list(META))
-    seen = _module(TRAINERS[opened.format.task]).as_trained(job, rows, args.max_length)
+    seen = module.load().as_trained(job, rows, args.max_length)
     _print_lengths(console, [row for rows in seen[1:] for row in rows], len(seen) - 1, args)
     place = split.shown_place(int(shown))
     for row in seen[0]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from trl import ScriptArguments
 
-from llmcore_hf import distributed
+from llmcore_hf import distributed, registry
 from llmcore_hf.data import auditing, formats, preparing
 from llmcore_hf.data.auditing import LengthLimit, Split
 from llmcore_hf.data.formats import Format
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["DataArguments", "Splits", "load", "looks_like_path"]
 
 EXAMPLES = {"sft": "messages, prompt/completion, alpaca or text", "preference": "prompt/chosen/rejected"}
-MODULES = {"sft": "--module sft", "preference": "--module dpo"}
 
 
 @dataclass
@@ -176,7 +175,8 @@ def _open(args: DataArguments, task: str) -> Opened:
     opened = open_for_training(args)
     fmt = opened.format
     if fmt.task != task:
-        meant = f"which is data for {MODULES[fmt.task]}" if fmt.task in MODULES else "which no module here trains on"
+        other = registry.for_task(fmt.task)
+        meant = f"which is data for --module {other.name}" if other else "which no module here trains on"
         raise UserError(
             f"{opened.name} is in {fmt.name} format, {meant}; this module needs {EXAMPLES[task]} columns "
             "(--columns maps other names to them)"
