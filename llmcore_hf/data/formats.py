@@ -139,7 +139,7 @@ def detect(columns: Sequence[str], rows: Sequence[Row], where: str) -> Format:
 def why(fmt: Format) -> str:
     """One sentence that says how `fmt` was recognised."""
     kinds = {kind for name, kind in fmt.outputs.items() if name in fmt.columns}
-    where = ", the first of them with messages" if MESSAGES in kinds and len(fmt.columns) > 1 else ""
+    where = ", which hold messages rather than texts" if MESSAGES in kinds and len(fmt.columns) > 1 else ""
     return f"it has the column{'s' if len(fmt.columns) > 1 else ''} {', '.join(fmt.columns)}{where}"
 
 

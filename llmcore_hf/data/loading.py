@@ -279,7 +279,8 @@ def _choose(
             taken["validation"] = train, aside
     taken["train"] = train, indices
     limits = {"train": args.max_train_samples, "validation": args.max_eval_samples, "test": args.max_eval_samples}
-    final = {role: _select(split, chosen[: limits[role]]) for role, (split, chosen) in taken.items()}
+    taken = {role: (split, chosen[: limits[role]]) for role, (split, chosen) in taken.items()}
+    final = {role: _select(split, chosen) for role, (split, chosen) in taken.items()}
     for role, chosen in final.items():
         if not len(chosen):
             raise UserError(f"{opened.name} has no usable row for the {role} split")
@@ -287,7 +288,7 @@ def _choose(
         **{role: chosen.remove_columns(list(META)) for role, chosen in final.items()},
         source=opened.name,
         format=opened.format.name,
-        fingerprint=fingerprint(final),
+        fingerprint=fingerprint({role: split.column(KEY)[chosen] for role, (split, chosen) in taken.items()}),
         report=report,
         on_bad_rows=args.on_bad_rows,
     )
@@ -314,10 +315,10 @@ def _set_aside(split: Split, indices: np.ndarray, args: DataArguments, seed: int
     return indices[~aside], indices[aside]
 
 
-def fingerprint(splits: dict[str, Dataset]) -> str:
-    """A hash of the content: the same rows give the same fingerprint, wherever they were loaded from."""
+def fingerprint(keys: dict[str, np.ndarray]) -> str:
+    """A hash of the content, from the hashes of the rows of each split: wherever they were loaded from, it is the same."""
     digest = hashlib.sha256()
-    for name, rows in splits.items():
+    for name, hashes in keys.items():
         digest.update(name.encode())
-        digest.update(np.asarray(rows.with_format("numpy")[KEY][:], dtype=">i8").tobytes())
+        digest.update(hashes.astype(">i8").tobytes())
     return digest.hexdigest()[:16]

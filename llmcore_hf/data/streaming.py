@@ -16,7 +16,7 @@ import numpy as np
 from llmcore_hf.data import auditing, preparing
 from llmcore_hf.data.auditing import LengthLimit
 from llmcore_hf.data.loading import DataArguments, Opened, Splits, fingerprint, judge
-from llmcore_hf.data.preparing import FILE, LINE, META, PROBLEMS, PROMPT_BYTES, PROMPT_KEY, PROMPT_TURNS, ROW
+from llmcore_hf.data.preparing import FILE, KEY, LINE, META, PROBLEMS, PROMPT_BYTES, PROMPT_KEY, PROMPT_TURNS, ROW
 from llmcore_hf.data.problems import KEEP, Problem, Report
 from llmcore_hf.errors import UserError
 
@@ -103,7 +103,7 @@ def stream_splits(
         **{role: rows.remove_columns(list(META)) for role, rows in held_out.items()},
         source=opened.name,
         format=opened.format.name,
-        fingerprint=fingerprint(held_out),
+        fingerprint=fingerprint({role: np.array(rows[KEY][:]) for role, rows in held_out.items()}),
         report=report,
         on_bad_rows=args.on_bad_rows,
     )
