@@ -71,7 +71,7 @@ def run(config: Config, run_dir: RunDirectory) -> None:
     run_dir.checks += label_checks(trainer, splits, job, loss_on_prompt)
 
     before = held_out.measure(trainer, job)
-    training.train(trainer, run_dir, args.resume_from_checkpoint)
+    training.train(trainer, run_dir)
     after = held_out.measure(trainer, job)
 
     run_dir.summary["eval"] = block = evaluation.compare(before.metrics, after.metrics)
