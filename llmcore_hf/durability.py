@@ -258,7 +258,9 @@ def _trouble_of(error: BaseException, run_dir: Path) -> str | None:
         match = re.search(r"\(os error (\d+)\)", text)
         number, file = (int(match.group(1)) if match else None), ""
         if match is None and ("PytorchStreamWriter failed writing" in text or "unexpected pos" in text):
-            return "a checkpoint could not be written, most likely because the disk is full"
+            return (
+                "a checkpoint could not be written whole: the disk is full, or no file may grow so large (`ulimit -f`)"
+            )
     if number in FULL or (number in TROUBLE and (_is_below(file, run_dir) or not isinstance(error, OSError))):
         return TROUBLE[number] + (f", writing {file}" if file else "")
     return None

@@ -200,7 +200,7 @@ def _guarded(work: Callable[[], None], run: RunDirectory) -> tuple[str, str | No
         return "diverged", str(error), 1
     except Exception as error:
         if trouble := storage_trouble(error, run.path):
-            return "failed", f"{trouble}. {_way_on(run)}", 1
+            return "failed", f"{trouble}. Once that is mended, {_way_on(run)}", 1
         return _failure(run, error)
     if failed := run.failed_checks():
         return "failed", f"checks failed: {', '.join(failed)}", 1
@@ -223,13 +223,13 @@ def _failure(run: RunDirectory, error: Exception) -> tuple[str, str, int]:
 def _how_it_stopped(run: RunDirectory, error: BaseException) -> str:
     by = "SIGTERM" if run.stop.signal == signal.SIGTERM else "the user"
     where = f" {error}" if isinstance(error, Interrupted) else ", outside training"
-    return f"stopped by {by}{where}. {_way_on(run)}"
+    return f"stopped by {by}{where}; {_way_on(run)}"
 
 
 def _way_on(run: RunDirectory) -> str:
     if not run.path.is_dir() or last_complete(run.path)[0] is None:
-        return "There is no checkpoint to go on from: start again"
-    return f"Go on with: {resume.command(run.path)}"
+        return "start again: there is no checkpoint to go on from"
+    return f"go on with: {resume.command(run.path)}"
 
 
 def _record(run: RunDirectory, status: str, error: str | None, code: int) -> int:
@@ -237,7 +237,7 @@ def _record(run: RunDirectory, status: str, error: str | None, code: int) -> int
     try:
         run.write_summary(status, error)
     except OSError as problem:
-        told = error or f"{storage_trouble(problem, run.path) or problem}. {_way_on(run)}"
+        told = error or f"{storage_trouble(problem, run.path) or problem}. Once that is mended, {_way_on(run)}"
         print(f"{run.module.name}: {told}\n(summary.json could not be written)", file=sys.stderr)
         return code or 1
     if distributed.is_main_process():
