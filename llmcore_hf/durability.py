@@ -208,10 +208,11 @@ class StopRequest:
     def _handle(self, number: int, frame: Any) -> None:
         if os.getpid() != self._pid:
             return _handle_in_child(number)
+        if self.requested:
+            return  # a SIGTERM; a second SIGINT does not come here
         self.signal = signal.Signals(number)
         # The default action, not a handler of ours: Python runs handlers between bytecodes, and a step may be one call.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if self._deferred is None:
             raise KeyboardInterrupt
         if is_main_process():
