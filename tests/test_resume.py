@@ -220,6 +220,18 @@ def test_the_limit_is_kept_and_the_old_checkpoint_goes_only_when_the_new_one_is_
 
 
 @slow
+@pytest.mark.parametrize(
+    "options", [("--save_strategy", "epoch"), ("--save_strategy", "best", "--metric_for_best_model", "loss")]
+)
+def test_every_checkpoint_ends_a_log_row(options: tuple[str, ...]) -> None:
+    """What is averaged between two rows is in no checkpoint, so a resumed run could not log it."""
+    every = ("--eval_steps", "7", "--logging_steps", "4")
+    run_here("--module", "sft", *SHORT, *every, *options)
+    found = {json.loads((p / MARKER).read_text())["step"] for p in Path("run").glob("checkpoint-*")}
+    assert 7 in found and found <= {row["step"] for row in rows_of(Path("run")) if "loss" in row}
+
+
+@slow
 def test_other_data_are_refused_and_other_options_are_told(whole, capsys) -> None:
     command = ("--module", "sft", *SHORT, *SAVES)
     shutil.copytree(whole(*command), "run")
@@ -417,10 +429,20 @@ def test_checkpoints_within_a_buffer_are_refused(values: dict[str, Any], says: s
         assert says in problems[0] and "steps_per_generation * num_iterations" in problems[0]
 
 
+def test_the_rule_is_checked_with_all_other_options() -> None:
+    from llmcore_hf import config, registry
+
+    options = ["--toy", "--save_strategy", "steps", "--save_steps", "5"]
+    resolved = config.resolve(registry.get("dpo"), config.read_request(["--module", "dpo", *options]))
+    assert training.check_options(resolved) == []
+    resolved.values |= {"num_iterations": 2, "steps_per_generation": 2}
+    assert ["such as 4 or 8" in problem for problem in training.check_options(resolved)] == [True]
+
+
 def test_a_stop_waits_for_the_end_of_the_buffer() -> None:
     from types import SimpleNamespace
 
-    run: Any = SimpleNamespace(check_exists=lambda: None, stop=SimpleNamespace(requested=True))
+    run: Any = SimpleNamespace(stop=SimpleNamespace(requested=True))
     args = SimpleNamespace(**GRPO | {"steps_per_generation": 4, "save_total_limit": None, "save_only_model": False})
     callback = training.CheckpointCallback(run, SimpleNamespace(args=args))  # type: ignore[arg-type]
     stopped = []

@@ -86,13 +86,13 @@ class CheckpointCallback(TrainerCallback):
             raise NothingLeft
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.run.check_exists()  # a checkpoint would bring back a deleted directory
         if self._stop_is_agreed() and state.global_step % self.period == 0:
             self.stopped = control.should_save = control.should_training_stop = True
             args.save_only_model = False  # this checkpoint is there to be resumed
         best = args.save_strategy == SaveStrategy.BEST and control.should_evaluate
         if control.should_save or best:
-            # What is averaged between two log rows is in no checkpoint: let a checkpoint end a row.
+            # What is averaged between two log rows is in no checkpoint: let a checkpoint end a row. The row is written
+            # first, and fails in a directory that was deleted, which the checkpoint would bring back.
             control.should_log = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -245,10 +245,9 @@ class RunCallback(TrainerCallback):
         "eval_rewards/margins",
     )
 
-    def __init__(self, run: RunDirectory, trainer: Trainer, checkpointing: CheckpointCallback) -> None:
+    def __init__(self, run: RunDirectory, trainer: Trainer) -> None:
         self.run = run
         self.trainer = trainer
-        self.checkpointing = checkpointing
         self.bar: Any = None
         # TRL counts the tokens since the process began, not those of the run. A checkpoint ends a row: this is exact.
         counts = [row["num_tokens"] for row in run.history if "num_tokens" in row]
@@ -273,8 +272,6 @@ class RunCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         row = {"step": state.global_step, **(logs or {})}
-        if "train_runtime" in row and self.checkpointing.stopped:
-            return  # not the end of the run
         row.pop("train_loss", None)  # wrong after a resume, and the rows of `loss` say more
         for name in ("num_tokens", "eval_num_tokens"):
             if name in row:
@@ -343,8 +340,8 @@ def train(trainer: Trainer, run: RunDirectory) -> None:
     if run.checkpoint:
         take_up(run, run.checkpoint)
     checkpointing = CheckpointCallback(run, trainer)
-    trainer.add_callback(checkpointing)  # before the other, which asks it whether the run has stopped
-    trainer.add_callback(RunCallback(run, trainer, checkpointing))
+    trainer.add_callback(checkpointing)  # first: it may find that nothing is left to train, and nothing to show
+    trainer.add_callback(RunCallback(run, trainer))
     with run.stop.deferring(), dropping_half_written(checkpointing):
         try:
             trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
