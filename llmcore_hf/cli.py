@@ -10,7 +10,7 @@ import os
 import sys
 
 from llmcore_hf import __version__, registry
-from llmcore_hf.distributed import check_launch, is_main_process
+from llmcore_hf.distributed import check_launch, is_main_process, program
 from llmcore_hf.errors import ConfigError, UserError
 
 USAGE = """\
@@ -74,7 +74,7 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     wants_help = "--help" in argv or "-h" in argv
     if not argv or (wants_help and not any(a.partition("=")[0] in ("--module", "--config") for a in argv)):
-        print(USAGE.format(prog=_prog()))
+        print(USAGE.format(prog=program()))
         return 0 if wants_help else 2
     return _module_command([a for a in argv if a not in ("--help", "-h")], wants_help)
 
@@ -117,11 +117,6 @@ def _print_list() -> None:
     Console().print(table)
 
 
-def _prog() -> str:
-    name = os.path.basename(sys.argv[0])
-    return {"run.py": "python run.py", "__main__.py": "python -m llmcore_hf"}.get(name, name)
-
-
 def _print_error(message: str) -> None:
     if is_main_process():
-        print(f"{_prog()}: {message}", file=sys.stderr)
+        print(f"{program()}: {message}", file=sys.stderr)

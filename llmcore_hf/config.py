@@ -103,7 +103,7 @@ class Config:
         for source in dict.fromkeys([COMMAND_LINE, *files, HOUSE, DEFAULTS]):
             names = [n for n, s in self.sources.items() if s == source and n not in NOT_REPEATED + SECRETS]
             if names:
-                section = {name: _plain(self.values[name]) for name in names}
+                section = {name: plain(self.values[name]) for name in names}
                 lines += ["", f"# {source}", _to_yaml(section)]
         return "\n".join(lines) + "\n"
 
@@ -117,7 +117,8 @@ def _to_yaml(section: dict[str, Any]) -> str:
     return text.rstrip("\n")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """An option's value as YAML has it."""
     return value.value if isinstance(value, enum.Enum) else value
 
 
@@ -327,7 +328,7 @@ class Options:
 
     def _is_default(self, name: str, value: Any) -> bool:
         """`resolved_config.yaml` repeats defaults, and some (an empty list) cannot be said on a command line."""
-        default = _plain(self.defaults[name])
+        default = plain(self.defaults[name])
         return type(value) is type(default) and value == default
 
     def _takes(self, name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import TypeVar
 
 from llmcore_hf.errors import ConfigError
@@ -16,6 +17,12 @@ def world_size() -> int:
 
 def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def program() -> str:
+    """How this program is called, for a message."""
+    name = os.path.basename(sys.argv[0])
+    return {"run.py": "python run.py", "__main__.py": "python -m llmcore_hf"}.get(name, name)
 
 
 def broadcast(value: T) -> T:

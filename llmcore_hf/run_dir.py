@@ -1,12 +1,14 @@
 """Everything a run leaves behind, and the frame around it: directory, status, checks, exit code.
 
-Files are written by the main process only, under a temporary name that is then renamed, so that none is ever half
-written. From its first second the directory holds a summary with status `interrupted`; only a run that comes to its
-end replaces it. So the record is true even after a power cut.
+Files are written by the main process only, whole or not at all (`durability`). From its first second the directory holds
+a summary with status `interrupted`; only a run that comes to its end replaces it. So the record is true even after a
+power cut.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
@@ -14,6 +16,7 @@ import resource
 import secrets
 import shlex
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -22,14 +25,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from llmcore_hf import distributed, environment, resources
+from llmcore_hf import distributed, environment, resources, resume
 from llmcore_hf.checks import Check
-from llmcore_hf.config import Config, read_yaml
+from llmcore_hf.config import Config, plain
+from llmcore_hf.durability import Interrupted, StopRequest, last_complete, storage_trouble, write_atomically
 from llmcore_hf.errors import ConfigError, UserError
 from llmcore_hf.registry import Module
 
 SCHEMA_VERSION = 1
-LAST = ("last", "true")  # values of --resume_from_checkpoint that mean the newest one
 UNFINISHED = "The run has not come to its end: it is still going on, or it was killed."
 # Bookkeeping in the log history that is no metric of the method.
 NOT_METRICS = ("step", "epoch", "total_flos", "train_loss", "num_tokens", "learning_rate", "grad_norm")
@@ -54,6 +57,8 @@ class RunDirectory:
         summary: blocks of `summary.json` that the module knows (`data`, `model`, `eval`, `samples`).
         checks: what the run found out about itself.
         history: rows of `log_history.jsonl` written so far.
+        checkpoint: the checkpoint that the run goes on from; None when it begins anew.
+        stop: whether the user or the machine asked the run to stop.
     """
 
     def __init__(self, path: Path, module: Module, config: Config, argv: list[str]) -> None:
@@ -65,15 +70,29 @@ class RunDirectory:
         self.summary: dict[str, Any] = {}
         self.command = _command(argv)
         self.started_at = datetime.now(UTC).isoformat(timespec="seconds")
+        self.checkpoint: Path | None = None
+        self.former_options: dict[str, Any] = {}
+        self.stop = StopRequest()
+
+    def resume_from(self, checkpoint: Path) -> None:
+        """Go on from `checkpoint`; to be called before anything is written."""
+        self.checkpoint = checkpoint
+        self.former_options = resume.options_of(checkpoint.absolute().parent)
+        self.summary["resumed_from"] = str(checkpoint)
+
+    def check_exists(self) -> None:
+        """Raises `FileNotFoundError` when the directory was deleted while the run goes on.
+
+        Whoever is about to make a folder in it asks this first: `os.makedirs` would bring back a part of it.
+        """
+        if distributed.is_main_process() and not self.path.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
 
     def write(self, name: str, content: str | bytes) -> None:
         """Write one file of the run, whole or not at all. Does nothing in other processes than the main one."""
         if not distributed.is_main_process():
             return
-        target = self.path / name
-        scratch = target.with_name(f".{name}.tmp")
-        scratch.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(scratch, target)
+        write_atomically(self.path / name, content)
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one row to `log_history.jsonl` at once, so that it can be followed while the run goes on."""
@@ -84,10 +103,17 @@ class RunDirectory:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Take up the history of the run that is resumed, up to `step`; what came after is trained again."""
+        """Take up the history of the run that is resumed, up to `step`; what came after is trained again.
+
+        A former end (`train_runtime`) is no longer the end, and a last line that a kill cut short is left out.
+
+        Raises:
+            UserError: another line of `log_history.jsonl` cannot be read.
+        """
         file = self.path / "log_history.jsonl"
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
-        self.history = [row for row in rows if row["step"] <= step]
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        rows = [row for i, line in enumerate(lines) if (row := _read_row(line, file, i + 1, len(lines))) is not None]
+        self.history = [row for row in rows if row["step"] <= step and "train_runtime" not in row]
         self.write(file.name, "".join(json.dumps(row) + "\n" for row in self.history))
 
     def write_summary(self, status: str, error: str | None) -> None:
@@ -141,40 +167,84 @@ def execute(module: Module, config: Config, argv: list[str]) -> int:
         if hasattr(part, "output_dir"):
             part.output_dir = str(path)
     run = RunDirectory(path, module, config, argv)
-    if distributed.is_main_process():
-        (path / "traceback.txt").unlink(missing_ok=True)  # of the run that is resumed
-    run.write("resolved_config.yaml", config.to_yaml())
-    run.write_summary("interrupted", UNFINISHED)
-    status, error, code = _guarded(lambda: module.load().run(config, run), run)
-    run.write_summary(status, error)
-    if distributed.is_main_process():
-        from llmcore_hf.report import print_report
-
-        print_report(path, status, error)
-    _leave_process_group()
+    if resuming := config.values.get("resume_from_checkpoint"):
+        run.resume_from(distributed.broadcast(resume.find(path, resuming) if distributed.is_main_process() else path))
+    with run.stop:
+        status, error, code = _guarded(lambda: _work(run), run)
+        with run.stop.deferring("writing the summary"):
+            code = _record(run, status, error, code)
+        _leave_process_group()
     return code
+
+
+def _work(run: RunDirectory) -> None:
+    if distributed.is_main_process():
+        (run.path / "traceback.txt").unlink(missing_ok=True)  # of the run that is resumed
+    run.write("resolved_config.yaml", run.config.to_yaml())
+    run.write_summary("interrupted", _unfinished(run))
+    run.module.load().run(run.config, run)
+
+
+def _unfinished(run: RunDirectory) -> str:
+    keeps_checkpoints = plain(run.config.values.get("save_strategy", "no")) != "no" or run.checkpoint
+    return UNFINISHED + (f" If it was killed, go on with: {resume.command(run.path)}" if keeps_checkpoints else "")
 
 
 def _guarded(work: Callable[[], None], run: RunDirectory) -> tuple[str, str | None, int]:
     """Do the work; what went wrong becomes (status, error, exit code)."""
     try:
         work()
-    except KeyboardInterrupt:
-        return "interrupted", "stopped by the user", 130
+    except (KeyboardInterrupt, Interrupted) as error:
+        return "interrupted", _how_it_stopped(run, error), run.stop.exit_code
     except Diverged as error:
         return "diverged", str(error), 1
-    except UserError as error:
-        if error.__cause__ is not None:
-            run.write("traceback.txt", traceback.format_exc())
-        return "failed", str(error), error.exit_code
     except Exception as error:
-        run.write("traceback.txt", traceback.format_exc())
-        if not distributed.is_main_process():
-            traceback.print_exc()
-        return "failed", f"{type(error).__name__}: {error} (see {run.path / 'traceback.txt'})", 1
+        if trouble := storage_trouble(error, run.path):
+            return "failed", f"{trouble}. Once that is mended, {_way_on(run)}", 1
+        return _failure(run, error)
     if failed := run.failed_checks():
         return "failed", f"checks failed: {', '.join(failed)}", 1
     return "ok", None, 0
+
+
+def _failure(run: RunDirectory, error: Exception) -> tuple[str, str, int]:
+    """An error that a user can mend is told; of any other the traceback is kept, too."""
+    expected = isinstance(error, UserError)
+    if not expected or error.__cause__ is not None:
+        with contextlib.suppress(OSError):
+            run.write("traceback.txt", traceback.format_exc())
+    if isinstance(error, UserError):
+        return "failed", str(error), error.exit_code
+    if not distributed.is_main_process():
+        traceback.print_exc()
+    return "failed", f"{type(error).__name__}: {error} (see {run.path / 'traceback.txt'})", 1
+
+
+def _how_it_stopped(run: RunDirectory, error: BaseException) -> str:
+    by = "SIGTERM" if run.stop.signal == signal.SIGTERM else "the user"
+    where = f" {error}" if isinstance(error, Interrupted) else ", outside training"
+    return f"stopped by {by}{where}; {_way_on(run)}"
+
+
+def _way_on(run: RunDirectory) -> str:
+    if not run.path.is_dir() or last_complete(run.path)[0] is None:
+        return "start again: there is no checkpoint to go on from"
+    return f"go on with: {resume.command(run.path)}"
+
+
+def _record(run: RunDirectory, status: str, error: str | None, code: int) -> int:
+    """Write the summary and report; a disk that does not even take the summary is told in one message."""
+    try:
+        run.write_summary(status, error)
+    except OSError as problem:
+        told = error or f"{storage_trouble(problem, run.path) or problem}. Once that is mended, {_way_on(run)}"
+        print(f"{run.module.name}: {told}\n(summary.json could not be written)", file=sys.stderr)
+        return code or 1
+    if distributed.is_main_process():
+        from llmcore_hf.report import print_report
+
+        print_report(run.path, status, error)
+    return code
 
 
 def _prepare_in_main(module: Module, config: Config) -> Path | ConfigError | None:
@@ -193,54 +263,26 @@ def prepare_directory(module: str, config: Config) -> Path:
         ConfigError: `--output_dir` is in use, or cannot be written.
     """
     given = config.values.get("output_dir")
-    resume = config.values.get("resume_from_checkpoint")
+    resuming = config.values.get("resume_from_checkpoint")
     root = Path("output") / module
     try:
         if given:
             path = Path(given).expanduser().resolve() if Path(given).is_symlink() else Path(given).expanduser()
             _keep_inputs(path, config)
-            _clear_for_use(path, overwrite=config.values["overwrite_output_dir"], resume=bool(resume))
-        elif resume and resume.lower() in LAST:
+            _clear_for_use(path, overwrite=config.values["overwrite_output_dir"], resuming=bool(resuming))
+        elif resuming and resuming.lower() in resume.LAST:
             path = (root / "latest").resolve()
-        elif resume:
-            path = Path(resume).expanduser().resolve().parent
+        elif resuming:
+            path = Path(resuming).expanduser().resolve().parent
         else:
             path = root / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
             path.mkdir(parents=True)
             _point_latest_to(path)
-        if resume:
-            _check_resume(path, resume, module, config)
+        if resuming:
+            resume.check(path, resuming, module, config)
     except OSError as error:
         raise ConfigError([f"the output directory cannot be made: {error}"]) from None
     return path
-
-
-def checkpoint_of(path: Path, resume: str) -> Path | None:
-    """The checkpoint folder that `--resume_from_checkpoint` names in the run directory `path`; None without one."""
-    from transformers.trainer_utils import get_last_checkpoint
-
-    if resume.lower() not in LAST:
-        return Path(resume).expanduser() if Path(resume).expanduser().is_dir() else None
-    found = get_last_checkpoint(str(path)) if path.is_dir() else None
-    return Path(found) if found else None
-
-
-def last_step(checkpoint: Path) -> int:
-    """Optimizer steps done when the checkpoint was written."""
-    return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
-
-
-def _check_resume(path: Path, resume: str, module: str, config: Config) -> None:
-    """Refuse, before anything is written, to resume what is not there, another module's run, or a finished one."""
-    checkpoint = checkpoint_of(path, resume)
-    if checkpoint is None or not (checkpoint / "trainer_state.json").exists():
-        raise ConfigError([f"--resume_from_checkpoint {resume}: there is no such checkpoint (looked in {path})"])
-    former = path / "resolved_config.yaml"
-    if former.exists() and (name := read_yaml(former).get("module")) != module:
-        raise ConfigError([f"--resume_from_checkpoint {resume}: {path} is a run of `{name}`, not of `{module}`"])
-    max_steps = config.values.get("max_steps", -1)
-    if 0 < max_steps <= last_step(checkpoint):
-        raise ConfigError([f"{checkpoint} has already done {last_step(checkpoint)} steps: raise --max_steps to go on"])
 
 
 def _keep_inputs(path: Path, config: Config) -> None:
@@ -255,17 +297,18 @@ def _keep_inputs(path: Path, config: Config) -> None:
                 )
 
 
-def _clear_for_use(path: Path, *, overwrite: bool, resume: bool) -> None:
+def _clear_for_use(path: Path, *, overwrite: bool, resuming: bool) -> None:
     if path.exists() and not path.is_dir():
         raise ConfigError([f"--output_dir {path} is a file"])
-    if not path.exists() or not any(path.iterdir()) or resume:
+    if not path.exists() or not any(path.iterdir()) or resuming:
         path.mkdir(parents=True, exist_ok=True)
         return
     if not overwrite:
+        goes_on = f"continue the run in it with `{resume.command(path)}`, " if last_complete(path)[0] else ""
         raise ConfigError(
             [
-                f"--output_dir {path} is not empty: continue the run in it with --resume_from_checkpoint last, "
-                "choose another name, or replace it with --overwrite_output_dir"
+                f"--output_dir {path} is not empty: {goes_on}choose another name, or replace it with "
+                "--overwrite_output_dir"
             ]
         )
     if not all((path / name).exists() for name in ("resolved_config.yaml", "summary.json")):
@@ -279,6 +322,17 @@ def _point_latest_to(path: Path) -> None:
     scratch = path.parent / f".latest-{path.name}"
     scratch.symlink_to(path.name)
     os.replace(scratch, path.parent / "latest")
+
+
+def _read_row(line: str, file: Path, number: int, n_lines: int) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+        if isinstance(row["step"], int):
+            return row
+    except (ValueError, TypeError, KeyError):
+        if number == n_lines:
+            return None
+    raise UserError(f"{file}, line {number} is not a row of a log history: mend it or remove the file")
 
 
 def finite(value: Any) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+import shlex
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -19,9 +21,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmcore_hf import config, distributed, environment, registry, resources, run_dir
+from llmcore_hf import config, distributed, environment, registry, resources
 from llmcore_hf.checks import Check
 from llmcore_hf.config import Config, RunArguments
+from llmcore_hf.durability import mark_complete
 from llmcore_hf.errors import ConfigError, UserError
 from llmcore_hf.registry import Module
 from llmcore_hf.run_dir import Diverged, RunDirectory, execute, finite, prepare_directory, summarize, validate_summary
@@ -550,8 +553,21 @@ def test_a_directory_that_is_not_empty_is_refused_with_the_ways_out(lesson: Less
     with pytest.raises(ConfigError) as caught:
         lesson.execute(lambda config, run: ran.append(1), "--output_dir", "out")
     message = str(caught.value)
-    assert all(way in message for way in ("--resume_from_checkpoint", "another name", "--overwrite_output_dir"))
+    assert all(way in message for way in ("another name", "--overwrite_output_dir"))
+    assert "--resume_from_checkpoint" not in message, "there is nothing to resume"
     assert not ran and {p: p.read_bytes() for p in Path("out").iterdir()} == before
+
+
+def test_a_new_run_in_a_directory_with_a_checkpoint_is_told_how_to_continue(lesson: Lesson) -> None:
+    lesson.execute(None, "--output_dir", "out")
+    checkpoint(Path("out"))
+    with pytest.raises(ConfigError) as caught:
+        lesson.execute(None, "--output_dir", "out")
+    command = re.search(r"`(.*)`", str(caught.value))
+    assert command
+    assert shlex.split(command.group(1))[-6:] == [
+        *("--config", "out/resolved_config.yaml", "--output_dir", "out", "--resume_from_checkpoint", "last")
+    ]
 
 
 def test_overwrite_replaces_an_earlier_run_completely(lesson: Lesson) -> None:
@@ -601,6 +617,7 @@ def test_an_output_directory_below_a_file_is_refused(lesson: Lesson) -> None:
 def checkpoint(run: Path) -> None:
     (run / "checkpoint-5").mkdir(parents=True)
     (run / "checkpoint-5" / "trainer_state.json").write_text('{"global_step": 5}')
+    mark_complete(run / "checkpoint-5", 5)
 
 
 def test_resuming_continues_in_the_directory_that_is_named(lesson: Lesson) -> None:
@@ -635,28 +652,6 @@ def test_resuming_what_does_not_exist_is_refused(lesson: Lesson) -> None:
 def bare_run(path: Path) -> RunDirectory:
     arguments = Config("fake", False, {"seed": 1}, {}, parts=())
     return RunDirectory(path, Module("fake", 1, 1, "假", "Fake", "fake_lesson"), arguments, [])
-
-
-@pytest.mark.parametrize("call", ["write_bytes", "replace"])
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
-    run = bare_run(tmp_path)
-    run.write("a.txt", "old")
-
-    def half(self: Path, content: bytes) -> int:
-        with open(self, "wb") as file:
-            file.write(content[:1])
-        raise OSError("disk full")
-
-    def refuse(*args: Any) -> None:
-        raise OSError("disk full")
-
-    if call == "write_bytes":
-        monkeypatch.setattr(Path, "write_bytes", half)
-    else:
-        monkeypatch.setattr(run_dir.os, "replace", refuse)
-    with pytest.raises(OSError, match="disk full"):
-        run.write("a.txt", "new content")
-    assert (tmp_path / "a.txt").read_text() == "old"
 
 
 def test_a_write_leaves_no_scratch_file(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def run(config: Config, run_dir: RunDirectory) -> None:
     reference = held_out.reference_likelihoods(trainer, job)
     before = held_out.measure(trainer, job, reference, args.beta)
     run_dir.checks += start_checks(before, reference is not None, splits)
-    training.train(trainer, run_dir, args.resume_from_checkpoint)
+    training.train(trainer, run_dir)
     training.record_stream(run_dir, splits)
     # with --precompute_ref_log_probs no reference stays in memory: it is what the policy was
     after = held_out.measure(trainer, job, reference or before.policy, args.beta)

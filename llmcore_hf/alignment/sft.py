@@ -78,7 +78,7 @@ def run(config: Config, run_dir: RunDirectory) -> None:
     run_dir.checks += label_checks(trainer, splits, job, loss_on_prompt(config))
 
     before = held_out.measure(trainer, job)
-    training.train(trainer, run_dir, args.resume_from_checkpoint)
+    training.train(trainer, run_dir)
     training.record_stream(run_dir, splits)
     after = held_out.measure(trainer, job)
 

@@ -8,6 +8,7 @@ import functools
 import itertools
 import math
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -24,13 +25,21 @@ from trl import ModelConfig
 
 from llmcore_hf import distributed
 from llmcore_hf.alignment import evaluation
+from llmcore_hf.alignment.checkpointing import (
+    CheckpointCallback,
+    NothingLeft,
+    check_save_steps,
+    dropping_half_written,
+    take_up,
+)
 from llmcore_hf.config import COMMAND_LINE, Config
 from llmcore_hf.data.loading import Splits, column_mapping, looks_like_path
 from llmcore_hf.data.problems import DROP
 from llmcore_hf.data.toy import TOY_DATASETS
+from llmcore_hf.durability import Interrupted, move_into_place
 from llmcore_hf.errors import UserError
 from llmcore_hf.models import loading, tiny
-from llmcore_hf.run_dir import Diverged, RunDirectory, checkpoint_of, last_step
+from llmcore_hf.run_dir import Diverged, RunDirectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer
@@ -117,6 +126,11 @@ def check_options(config: Config) -> list[str]:
         problems.append(f"--test_split_size must lie between 0 and 1, not {values['test_split_size']}")
     if values["max_generation_samples"] < 0:
         problems.append(f"--max_generation_samples must not be negative, not {values['max_generation_samples']}")
+    if values["enable_jit_checkpoint"]:
+        problems.append(
+            "--enable_jit_checkpoint is not needed: Ctrl-C and SIGTERM always save a checkpoint here; leave it off"
+        )
+    problems += check_save_steps(values)
     return problems + _check_trackers(values["report_to"]) + _check_peft(config) + _check_precision(values)
 
 
@@ -353,6 +367,9 @@ class RunCallback(TrainerCallback):
         self.run = run
         self.trainer = trainer
         self.bar: Any = None
+        # TRL counts the tokens since the process began, not those of the run. A checkpoint ends a row: this is exact.
+        counts = [row["num_tokens"] for row in run.history if "num_tokens" in row]
+        self.tokens_before = counts[-1] if counts else 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         from tqdm import tqdm
@@ -373,6 +390,10 @@ class RunCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         row = {"step": state.global_step, **(logs or {})}
+        row.pop("train_loss", None)  # wrong after a resume, and the rows of `loss` say more
+        for name in ("num_tokens", "eval_num_tokens"):
+            if name in row:
+                row[name] += self.tokens_before
         self.run.log(row)
         self._show(row, state.max_steps)
         for name in ("loss", "eval_loss"):
@@ -422,33 +443,57 @@ def attach(trainer: Trainer, run: RunDirectory) -> None:
         model._ddp_params_and_buffers_to_ignore = buffers  # the attribute DDP reads
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(RunCallback(run, trainer))
+    # TRL drafts a card at every checkpoint; the run writes its own at the end, from what it measured
+    trainer.create_model_card = lambda *args, **kwargs: None
 
 
-def train(trainer: Trainer, run: RunDirectory, resume: str | None) -> None:
-    """Train, from a checkpoint when one is named, and save what came out of it.
+def train(trainer: Trainer, run: RunDirectory) -> None:
+    """Train, from a checkpoint when the run goes on from one, and save what came out of it.
 
     Raises:
         Diverged: the loss or a weight is no longer a finite number.
+        Interrupted: the run was asked to stop; the checkpoint to go on from is saved.
+        UserError: the checkpoint was trained on other data.
     """
-    checkpoint = checkpoint_of(run.path, resume) if resume else None
-    run.summary["resumed_from"] = str(checkpoint) if checkpoint else None
-    if checkpoint:
-        run.rewind(last_step(checkpoint))
-    trainer.train(resume_from_checkpoint=run.summary["resumed_from"])
+    if run.checkpoint:
+        take_up(run, run.checkpoint)
+    checkpointing = CheckpointCallback(run, trainer)
+    trainer.add_callback(checkpointing)  # first: it may find that nothing is left to train, and nothing to show
+    trainer.add_callback(RunCallback(run, trainer))
+    with run.stop.deferring(), dropping_half_written(checkpointing):
+        try:
+            trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+        except NothingLeft:
+            trainer.is_in_train = False
+    step = trainer.state.global_step
+    if checkpointing.stopped:
+        raise Interrupted(step, checkpointing.folder(step))
+    if run.stop.requested:  # after the last step; there is no other to save it
+        raise KeyboardInterrupt
     if not all(torch.isfinite(p).all() for p in trainer.model.parameters()):
         raise Diverged("the weights are not finite after training: lower --learning_rate or add --warmup_steps")
-    if not any("eval_loss" in row and row["step"] == trainer.state.global_step for row in run.history):
+    if not any("eval_loss" in row and row["step"] == step for row in run.history):
         trainer.evaluate()  # the last point of the held-out curve, whatever --eval_strategy says
     save(trainer, run)
 
 
 def save(trainer: Trainer, run: RunDirectory) -> None:
-    """Save model or adapter, tokenizer and generation config in the run directory."""
-    trainer.save_model(str(run.path))
+    """Save model or adapter, tokenizer and generation config in the run directory, each file whole or not at all."""
+    scratch = run.path / ".model"
+    run.check_exists()
     if distributed.is_main_process():
-        # A pickle of the options; resolved_config.yaml says the same in text that is safe to open.
-        (run.path / "training_args.bin").unlink(missing_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed here
+    trainer.accelerator.wait_for_everyone()
+    try:
+        trainer.save_model(str(scratch))
+        trainer.accelerator.wait_for_everyone()
+        if distributed.is_main_process():
+            # A pickle of the options; resolved_config.yaml says the same in text that is safe to open.
+            (scratch / "training_args.bin").unlink(missing_ok=True)
+            move_into_place(scratch)
+    finally:
+        if distributed.is_main_process():
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 CARD = """\
