@@ -63,7 +63,7 @@ def _dispatch(argv: list[str]) -> int:
         from llmcore_hf.inspection import main as data_command
 
         _quiet_defaults()
-        return data_command(argv[1:], _prog())
+        return data_command(argv[1:], program())
     if "--version" in argv:
         print(f"llmcore_hf {__version__}")
         return 0

@@ -86,14 +86,18 @@ class CheckpointCallback(TrainerCallback):
             raise NothingLeft
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._stop_is_agreed() and state.global_step % self.period == 0:
-            self.stopped = control.should_save = control.should_training_stop = True
-            args.save_only_model = False  # this checkpoint is there to be resumed
+        self._stop_if_asked(args, state, control)
         best = args.save_strategy == SaveStrategy.BEST and control.should_evaluate
         if control.should_save or best:
             # What is averaged between two log rows is in no checkpoint: let a checkpoint end a row. The row is written
             # first, and fails in a directory that was deleted, which the checkpoint would bring back.
             control.should_log = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # An evaluation may take long, and behind that of the last step there is no step that would look.
+        # `save_strategy: best` decides only afterwards whether to save.
+        if self.trainer.is_in_train and state.global_step and args.save_strategy != SaveStrategy.BEST:
+            self._stop_if_asked(args, state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.stopped:
@@ -112,6 +116,11 @@ class CheckpointCallback(TrainerCallback):
                 data_fingerprint=(self.run.summary.get("data") or {}).get("fingerprint"),
             )
             rotate_checkpoints(args.output_dir, self.save_total_limit, state.best_model_checkpoint)
+
+    def _stop_if_asked(self, args: Any, state: Any, control: Any) -> None:
+        if not self.stopped and self._stop_is_agreed() and state.global_step % self.period == 0:
+            self.stopped = control.should_save = control.should_training_stop = True
+            args.save_only_model = False  # this checkpoint is there to be resumed
 
     def folder(self, step: int) -> Path:
         return Path(self.trainer.args.output_dir) / f"checkpoint-{step}"
