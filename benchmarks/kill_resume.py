@@ -73,6 +73,8 @@ def rows(run: Path) -> list[dict[str, float]]:
             row = json.loads(line)
         except ValueError:
             continue
+        if "train_runtime" in row:
+            continue  # says how long the last process trained, and a run may be killed behind it
         found.append({k: v for k, v in row.items() if not k.endswith(("runtime", "_per_second")) and k != "train_loss"})
     return found
 
@@ -94,7 +96,7 @@ def torture(module: str, variant: str, reference: Path, run: Path, rng: random.R
         # from the first step on, so that the kill falls into the training and not into the imports
         while process.poll() is None and last_step(run) == before and kills < 8:
             time.sleep(0.01)
-        patience = rng.uniform(0, 2.5) if kills < 8 else None
+        patience = rng.uniform(0, 1.0) if kills < 8 else None
         try:
             process.wait(patience)
         except subprocess.TimeoutExpired:
