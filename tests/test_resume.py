@@ -153,33 +153,34 @@ def test_a_stopped_run_goes_on_with_the_command_it_names(monkeypatch, whole, cap
     """Without any `save_strategy`, and in the middle of an epoch."""
     command = ("--module", "dpo", *SHORT)
     with monkeypatch.context() as patch:
-        ask_at(patch, 8, number)
+        ask_at(patch, 10, number)
         returned, summary = run_here(*command)
     assert (returned, summary["status"]) == (code, "interrupted")
     assert "Traceback" not in capfd.readouterr().err
-    assert last_complete(Path("run"))[0] == Path("run/checkpoint-9")
+    assert last_complete(Path("run"))[0] == Path("run/checkpoint-11")
     assert "model.safetensors" not in summary["artifacts"]
 
-    named = re.search(r"after step 9; saved run/checkpoint-9; go on with: (.*)", summary["error"])
+    named = re.search(r"after step 11; saved run/checkpoint-11; go on with: (.*)", summary["error"])
     assert named
     argv = shlex.split(named.group(1))
     cli.main(argv[argv.index("--config") :])
     summary = json.loads(Path("run/summary.json").read_text())
-    assert summary["resumed_from"] == "run/checkpoint-9" and summary["status"] == "ok"
+    assert summary["resumed_from"] == "run/checkpoint-11" and summary["status"] == "ok"
     resumed, expected = rows_of(Path("run")), rows_of(whole(*command))
-    assert [row for row in resumed if row["step"] not in (9, 10)] == [r for r in expected if r["step"] != 10]
-    mean = sum(row["loss"] for row in resumed if row["step"] in (9, 10)) / 2  # the stop ends a row
-    assert mean == pytest.approx(next(row["loss"] for row in expected if row["step"] == 10), rel=1e-6)
+    assert [row for row in resumed if row["step"] not in (11, 12)] == [r for r in expected if r["step"] != 12]
+    mean = sum(row["loss"] for row in resumed if row["step"] in (11, 12) and "loss" in row) / 2  # the stop ends a row
+    assert mean == pytest.approx(next(row["loss"] for row in expected if row["step"] == 12), rel=1e-6)
     assert summary["eval"] == json.loads((whole(*command) / "summary.json").read_text())["eval"]
 
 
 @slow
 def test_a_stop_after_the_last_step_only_evaluates_and_saves_when_resumed(monkeypatch, whole) -> None:
-    command = ("--module", "sft", *SHORT)
+    """Asked for between the last step and its evaluation, where no further step would notice."""
+    command = ("--module", "sft", *SHORT, "--eval_steps", "7")
     with monkeypatch.context() as patch:
-        ask_at(patch, 12)
-        patch.setattr(training.CheckpointCallback, "_stop_is_agreed", lambda self: self.trainer.state.global_step == 14)
+        ask_at(patch, 14)
         assert run_here(*command)[0] == 130
+    assert last_complete(Path("run"))[0] == Path("run/checkpoint-14")
     trained: list[int] = []
     monkeypatch.setattr(training.RunCallback, "on_step_end", lambda self, *args, **kw: trained.append(1))
     run_here(*command, "--resume_from_checkpoint", "last")
@@ -251,11 +252,11 @@ def test_other_data_are_refused_and_other_options_are_told(whole, capsys) -> Non
 def test_checkpoints_of_weights_alone_are_not_resumed(monkeypatch, capsys) -> None:
     command = ("--module", "sft", *SHORT, *SAVES, "--save_only_model")
     with monkeypatch.context() as patch:
-        ask_at(patch, 8)
+        ask_at(patch, 10)
         run_here(*command)
     assert "--save_only_model" in str(incompleteness(Path("run/checkpoint-5")))
-    assert last_complete(Path("run"))[0] == Path("run/checkpoint-9")  # a stop always leaves one to go on from
-    shutil.rmtree("run/checkpoint-9")
+    assert last_complete(Path("run"))[0] == Path("run/checkpoint-11")  # a stop always leaves one to go on from
+    shutil.rmtree("run/checkpoint-11")
     assert cli.main([*command, "--output_dir", "run", "--resume_from_checkpoint", "last"]) == 2
     assert "--save_only_model" in capsys.readouterr().err
 
@@ -446,11 +447,11 @@ def test_a_stop_waits_for_the_end_of_the_buffer() -> None:
     args = SimpleNamespace(**GRPO | {"steps_per_generation": 4, "save_total_limit": None, "save_only_model": False})
     callback = training.CheckpointCallback(run, SimpleNamespace(args=args))  # type: ignore[arg-type]
     stopped = []
-    for step in range(1, 9):
+    for step in range(1, 5):
         control = SimpleNamespace(should_save=False, should_training_stop=False, should_evaluate=False)
         callback.on_step_end(args, SimpleNamespace(global_step=step), control)
         stopped.append(control.should_training_stop and control.should_save)
-    assert stopped == [False, False, False, True, False, False, False, True]
+    assert stopped == [False, False, False, True]
 
 
 def test_the_trainers_own_handling_of_sigterm_is_refused(capsys) -> None:
