@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from trl import ScriptArguments
@@ -184,15 +185,22 @@ def _open(args: DataArguments, task: str) -> Opened:
     return opened
 
 
-def _main_process_first() -> Any:
-    """The main process prepares; the others then find the result in the cache."""
+@contextmanager
+def _main_process_first() -> Iterator[None]:
+    """The main process prepares; the others then find the result in the cache. An error in one ends them all."""
     if distributed.world_size() == 1:
-        from contextlib import nullcontext
-
-        return nullcontext()
+        yield
+        return
     from accelerate import PartialState
 
-    return PartialState().main_process_first()
+    state = PartialState()
+    if not state.is_main_process:
+        state.wait_for_everyone()
+    try:
+        yield
+    finally:  # also when it failed: the others wait, and then fail in the same way
+        if state.is_main_process:
+            state.wait_for_everyone()
 
 
 def _require_split(sources: dict[str, Source], name: str, kind: str, dataset: str) -> Source:
