@@ -221,7 +221,18 @@ def test_real_data_runs_to_the_end(monkeypatch, tmp_path: Path, module, file, de
     if not (DATA / file).exists():
         pytest.skip("the real datasets are not here")
     data = ("--dataset_name", str(DATA / file), "--model_name_or_path", "tiny-qwen")
-    more = ("--max_steps", "2", "--max_generation_samples", "2", "--max_new_tokens", "8", "--max_length", "256")
+    more = (
+        "--max_steps",
+        "2",
+        "--max_generation_samples",
+        "2",
+        "--max_new_tokens",
+        "8",
+        "--max_length",
+        "256",
+        "--on_bad_rows",
+        "drop",
+    )
     code, summary = run_here(monkeypatch, tmp_path, "--module", module, *data, *more, *options, *FEW[:4])
     assert code == 0 and summary["status"] == "ok"
     assert summary["data"]["format"] == detected
