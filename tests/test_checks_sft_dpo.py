@@ -259,7 +259,7 @@ def test_rows_that_trl_leaves_out_stop_the_run_or_are_counted(
     trainer = sft_trainer(splits)
     held_out = sft.HeldOut.of(splits, job, trainer.args, DataArguments(max_new_tokens=8), trainer)
     if on_bad_rows == "stop":
-        with pytest.raises(UserError, match="2 rows of rows.jsonl .* --on_bad_rows drop"):
+        with pytest.raises(UserError, match=r"2 rows of rows.jsonl .* --on_bad_rows drop"):
             training.describe_data(splits, trainer, held_out.shares, len(held_out.rows))
         return
     block = training.describe_data(splits, trainer, held_out.shares, len(held_out.rows))
