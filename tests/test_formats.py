@@ -229,7 +229,7 @@ def test_unknown_columns_are_refused_with_the_list_of_formats() -> None:
     with pytest.raises(UserError) as caught:
         formats.detect(["question", "answer"], [{"question": "q", "answer": "a"}], "my.json")
     message = str(caught.value)
-    assert "my.json" in message and "question, answer" in message
+    assert "my.json" in message and "`question`, `answer`" in message
     for fmt in formats.FORMATS:
         assert fmt.name in message
         assert all(column in message for column in fmt.columns)

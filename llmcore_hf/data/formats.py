@@ -1,6 +1,6 @@
 """Which format a dataset is in, and how a row of it becomes TRL's columns.
 
-Detection looks at column names and, where they do not decide, at a first row. The result is what TRL calls a dataset
+Detection looks at column names and, where they do not decide, at the first rows. The result is what TRL calls a dataset
 type: language modeling, prompt-completion, preference, unpaired preference
 (https://huggingface.co/docs/trl/dataset_formats).
 """
@@ -131,9 +131,8 @@ def detect(columns: Sequence[str], rows: Sequence[Row], where: str) -> Format:
     """
     for fmt in FORMATS:
         if set(fmt.columns) <= set(columns):
-            complete = (row for row in rows if all(row.get(column) is not None for column in fmt.columns))
-            example = next(complete, None)
-            if example is None or fmt.accepts(example):
+            complete = [row for row in rows if all(row.get(column) is not None for column in fmt.columns)]
+            if 2 * sum(map(fmt.accepts, complete)) >= len(complete):  # most of them: a few may be broken
                 return fmt
     known = "\n".join(f"    {f.task:<20} {f.name:<48} {', '.join(f.columns)}" for f in FORMATS)
     raise UserError(

@@ -236,8 +236,8 @@ def find_problems(splits: dict[str, Split], train: str, source: str, limit: Leng
             yield from auditing.leaks(splits[train], split)
 
 
-def judge(report: Report, source: str, policy: str, bad_rows_file: Path | None) -> None:
-    """Record the problems, say them, and stop unless the user has said to go on.
+def judge(report: Report, source: str, policy: str, bad_rows_file: Path | None, quiet: bool = False) -> None:
+    """Record the problems, say them (unless `quiet`), and stop unless the user has said to go on.
 
     Raises:
         BadData: the run must not go on.
@@ -250,7 +250,7 @@ def judge(report: Report, source: str, policy: str, bad_rows_file: Path | None) 
         text += f"\nAll of them stand in {bad_rows_file}."
     if report.stops(policy):
         raise BadData(f"{text}\n{ways_out(report)}")
-    if distributed.is_main_process():
+    if distributed.is_main_process() and not quiet:
         went_on = "Going on without rows that have problems" if policy == DROP else "Going on with these rows"
         print(f"{text}\n{went_on}: --on_bad_rows {policy}.", file=sys.stderr)
 

@@ -278,7 +278,11 @@ def _kind_of_text(path: Path) -> tuple[str, int]:
         raise UserError(f"{path} is empty: it holds nothing but white space")
     if path.suffix == ".csv":
         return "csv", begin
-    is_array = head.startswith(b"[") or (path.suffix == ".json" and not _is_json(head.partition(b"\n")[0]))
+    first_line, _, rest = head.partition(b"\n")
+    if path.suffix == ".jsonl":  # a line that holds a list is a bad row; a file that is one list has the wrong suffix
+        is_array = head.startswith(b"[") and not (rest.strip() and _is_json(first_line))
+    else:
+        is_array = head.startswith(b"[") or not _is_json(first_line)
     return "json" if is_array else "jsonl", begin
 
 
