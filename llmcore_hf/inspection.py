@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from llmcore_hf.errors import ConfigError
+from llmcore_hf.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -171,7 +171,15 @@ def _print_rows(console: Any, opened: Opened, split: Split, job: Job, args: Insp
     ]  # that row or the next readable one
     spread = np.unique(np.linspace(0, len(readable) - 1, min(N_MEASURED, len(readable))).astype(int))
     rows = split.rows.select(np.concatenate([[shown], readable[spread]])).remove_columns(list(META))
-    seen = _module(TRAINERS[opened.format.task]).as_trained(job, rows, args.max_length)
+    from llmcore_hf.alignment.training import REFUSALS
+
+    try:
+        seen = _module(TRAINERS[opened.format.task]).as_trained(job, rows, args.max_length)
+    except REFUSALS as error:
+        raise UserError(
+            f"the chat template of {args.model_name_or_path} cannot write the rows of {opened.name}: "
+            f"{' '.join(str(error).split())}. Name the model that they are for with --model_name_or_path"
+        ) from error
     _print_lengths(console, [row for rows in seen[1:] for row in rows], len(seen) - 1, args)
     place = split.shown_place(int(shown))
     for row in seen[0]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 from trl import ModelConfig
@@ -51,6 +52,8 @@ POSITIVE = (
     "lora_r",
     "lora_alpha",
 )
+# What a chat template raises that does not know what to do with a conversation.
+REFUSALS = (TemplateError, TypeError, ValueError, KeyError)
 LORA_ONLY = ("lora_", "use_rslora", "use_dora")
 
 
@@ -273,7 +276,10 @@ class PromptLimit:
 
     def problem(self, row: dict[str, Any]) -> str | None:
         """What is wrong with the length of a row; None when its prompt fits."""
-        n = self.encode(row).n_prompt
+        try:
+            n = self.encode(row).n_prompt
+        except REFUSALS:  # the trainer will refuse the row in the same way, and `explaining` says so
+            return None
         return f"its prompt of {n} tokens fills --max_length {self.max_length}" if n >= self.max_length else None
 
     @functools.cached_property

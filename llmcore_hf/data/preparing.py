@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 FILE, ROW, LINE = "__file__", "__row__", "__line__"  # where it stands
 KEY, PROMPT_KEY = "__key__", "__prompt_key__"  # hashes of the row and of its prompt
 PROMPT_BYTES, PROMPT_TURNS = "__prompt_bytes__", "__prompt_turns__"  # its prompt's size; turns is 0 for plain text
+UNBOUNDED = 2**40  # bytes of tools, tool calls and images: only tokenizing them tells
 ASKS = "__asks__"  # 1: the prompt ends with a question mark, 2: the answer does
 PROBLEMS = "__problems__"  # JSON, null when there are none
 META = (FILE, ROW, LINE, KEY, PROMPT_KEY, PROMPT_BYTES, PROMPT_TURNS, ASKS, PROBLEMS)
@@ -175,14 +176,14 @@ def _known_about(converted: Row) -> Row:
 
 
 def _size(value: Any) -> int:
-    """Bytes of all text in a value, keys included where it is more than a text in a message."""
+    """Bytes of a text, or of all texts of a conversation; `UNBOUNDED` for what a chat template writes at its own length."""
     if value is None:
         return 0
     if isinstance(value, str):
         return len(value.encode())
     if isinstance(value, list) and all(isinstance(turn, dict) and set(turn) == {"role", "content"} for turn in value):
         return sum(_size(turn["content"]) for turn in value)
-    return len(json.dumps(value, ensure_ascii=False, default=str).encode())
+    return UNBOUNDED
 
 
 def _hash(value: Any) -> int:
