@@ -415,7 +415,7 @@ def explaining(job: Job, splits: Splits) -> Iterator[None]:
     """What the libraries refuse while a trainer is set up becomes one message that says what was being set up."""
     try:
         yield
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except (*REFUSALS, OSError, RuntimeError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"the training of {job.name} on {splits.source} cannot be set up: {reason}") from error
 

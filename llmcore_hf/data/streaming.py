@@ -92,11 +92,11 @@ def stream_splits(
             name = names.get(role, names["train"])
             rows = preparing.stream(opened.sources[name], opened.format, opened.columns)
             held_out[role] = _first(rows, Gate(name, args, limit, report), args.max_eval_samples)
-    held_out.setdefault("validation", held_out["test"])
     gate = Gate(names["train"], args, limit, report)
     gate.set_aside_here = n_aside > 0
     for role, rows in held_out.items():
         gate.held_out |= dict.fromkeys(rows[PROMPT_KEY], names.get(role, role))
+    held_out.setdefault("validation", held_out["test"])
     rows = train.skip(n_aside).filter(gate)
     if args.max_train_samples:
         rows = rows.take(args.max_train_samples)
