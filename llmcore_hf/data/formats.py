@@ -292,7 +292,7 @@ def _tool_call(call: Any, field: str, found: Found) -> Any:
 
 
 def _show(value: Any) -> str:
-    text = str(value)
+    text = "".join(char if char.isprintable() else " " for char in str(value))  # nothing that moves a cursor
     return "nothing" if value is None else f"`{text if len(text) <= SHOWN_CHARS else text[:SHOWN_CHARS] + '...'}`"
 
 
