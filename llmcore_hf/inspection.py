@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from llmcore_hf import registry
-from llmcore_hf.errors import ConfigError
+from llmcore_hf.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from rich.text import Text
 
     from llmcore_hf.alignment.training import Job, SeenRow
@@ -162,12 +163,10 @@ def _print_rows(console: Any, split: Split, module: Module, job: Job, args: Insp
         return
     if args.row not in range(len(split.good)):
         raise ConfigError([f"--row {args.row}: there are {len(split.good)} rows, counted from 0"])
-    shown = readable[
-        np.searchsorted(readable, args.row).clip(max=len(readable) - 1)
-    ]  # that row or the next readable one
+    shown = readable[np.searchsorted(readable, args.row).clip(max=len(readable) - 1)]  # that row, or the next such one
     spread = np.unique(np.linspace(0, len(readable) - 1, min(N_MEASURED, len(readable))).astype(int))
     rows = split.rows.select(np.concatenate([[shown], readable[spread]])).remove_columns(list(META))
-    seen = module.load().as_trained(job, rows, args.max_length)
+    seen = _as_trained(module, job, rows, args.max_length)
     _print_lengths(console, [row for rows in seen[1:] for row in rows], len(seen) - 1, args)
     place = split.shown_place(int(shown))
     for row in seen[0]:
@@ -176,6 +175,19 @@ def _print_rows(console: Any, split: Split, module: Module, job: Job, args: Insp
         console.print(_coloured(row, job, console.is_terminal))
     legend = "green: carries loss" if console.is_terminal else "[[ ]] holds the tokens that carry loss"
     console.print(f"({legend}; the rest is context)", markup=False)
+
+
+def _as_trained(module: Module, job: Job, rows: Dataset, max_length: int) -> list[list[SeenRow]]:
+    from llmcore_hf.alignment.training import REFUSALS
+
+    try:
+        seen: list[list[SeenRow]] = module.load().as_trained(job, rows, max_length)
+    except REFUSALS as error:
+        raise UserError(
+            f"the tokenizer of {job.name} cannot write these rows: {' '.join(str(error).split())}. Name the model that "
+            "they are for with --model_name_or_path"
+        ) from error
+    return seen
 
 
 def _print_lengths(console: Any, rows: list[SeenRow], n_rows: int, args: InspectArguments) -> None:

@@ -12,7 +12,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
 os.environ.update(OFFLINE)
 # Converted datasets go to a temporary folder, which goes when the tests end. `datasets` reads this when imported.
 _DATASETS_CACHE = tempfile.TemporaryDirectory(prefix="llmcore-tests-", ignore_cleanup_errors=True)

@@ -18,6 +18,8 @@ from llmcore_hf.alignment.training import Job, ModelArguments
 from llmcore_hf.checks import Check
 from llmcore_hf.data import toy
 from llmcore_hf.data.loading import DataArguments, Splits
+from llmcore_hf.data.problems import Report
+from llmcore_hf.errors import UserError
 from llmcore_hf.models import tiny
 
 OFF = {"report_to": "none", "use_cpu": True, "bf16": False, "activation_checkpointing": False, "disable_tqdm": True}
@@ -30,14 +32,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def job() -> Job:
     path = str(tiny.ensure("tiny-qwen-base"))
-    return Job("tiny-qwen-base", path, AutoTokenizer.from_pretrained(path))
+    return Job("tiny-qwen-base", path, AutoTokenizer.from_pretrained(path), context=None)
 
 
-def splits_of(rows: list[dict[str, Any]]) -> Splits:
+def splits_of(rows: list[dict[str, Any]], on_bad_rows: str = "stop") -> Splits:
     from datasets import Dataset
 
     data = Dataset.from_list(rows)
-    return Splits(train=data, validation=data, test=data, source="rows.jsonl", format="by hand", fingerprint="0")
+    facts = {"source": "rows.jsonl", "format": "by hand", "fingerprint": "0"}
+    return Splits(train=data, validation=data, test=data, **facts, report=Report(), on_bad_rows=on_bad_rows)
 
 
 toy_data = cache(lambda name: toy.TOY_DATASETS[name]()["test"])
@@ -187,7 +190,8 @@ def test_one_row_without_its_end_is_noticed(sft_trainer: Any, job: Job) -> None:
 
 
 def test_a_template_without_an_end_of_turn_is_noticed(sft_trainer: Any, job: Job) -> None:
-    job.tokenizer.chat_template = tiny.CHAT_TEMPLATE.replace("+ '<|im_end|>' }}{%- endg", "}}{%- endg")
+    job.tokenizer.chat_template = tiny.CHAT_TEMPLATE.replace("{{- '<|im_end|>' }}{%- endg", "{%- endg")
+    assert job.tokenizer.chat_template != tiny.CHAT_TEMPLATE
     splits = splits_of(sft_rows())
     checks = sft.label_checks(sft_trainer(splits), splits, job)
     assert statuses(checks)["end_of_turn_is_trained"] == "fail"
@@ -246,15 +250,23 @@ def test_plain_text_has_an_end_but_no_prompt_to_check(sft_trainer: Any, job: Job
     assert checks == {"end_of_turn_is_trained": "pass", "prompt_carries_no_loss": "skip"}
 
 
-def test_rows_left_out_are_counted(sft_trainer: Any, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("on_bad_rows", ["stop", "drop"])
+def test_rows_that_trl_leaves_out_stop_the_run_or_are_counted(
+    sft_trainer: Any, job: Job, capsys: pytest.CaptureFixture[str], on_bad_rows: str
+) -> None:
     rows = sft_rows(6)
-    splits = splits_of([{**rows[0], "prompt": [user("Sort: 31 " * 40)]}, *rows])
+    splits = splits_of([{**rows[0], "prompt": [user("Sort: 31 " * 40)]}, *rows], on_bad_rows)
     trainer = sft_trainer(splits)
     held_out = sft.HeldOut.of(splits, job, trainer.args, DataArguments(max_new_tokens=8), trainer)
+    if on_bad_rows == "stop":
+        with pytest.raises(UserError, match=r"2 rows of rows.jsonl .* --on_bad_rows drop"):
+            training.describe_data(splits, trainer, held_out.shares, len(held_out.rows))
+        return
     block = training.describe_data(splits, trainer, held_out.shares, len(held_out.rows))
     assert (block["n_train"], block["n_eval"], block["n_dropped"]) == (6, 6, 2)
     assert (block["source"], block["format"]) == ("rows.jsonl", "by hand")
-    assert "2 of 14 rows" in capsys.readouterr().err
+    assert (block["problems"], block["on_bad_rows"]) == ({"too_long": 2}, "drop")
+    assert "2 rows of rows.jsonl" in capsys.readouterr().err
 
 
 def test_token_shares_by_hand() -> None:

@@ -708,7 +708,13 @@ def example(f: dataclasses.Field, hint: Any) -> Any:
         (["--toy", "--max_generation_samples", "-1"], ["--max_generation_samples must not be negative"]),
         (["--toy", "--model_name_or_path", "./nothing"], ["./nothing: there is no such folder"]),
         (["--toy", "--dataset_name", "nothing.jsonl"], ["nothing.jsonl: there is no such file"]),
-        (["--toy", "--dataset_streaming"], ["--dataset_streaming is not supported"]),
+        (["--toy", "--dataset_streaming", "--max_steps", "-1"], ["--dataset_streaming needs --max_steps"]),
+        (["--toy", "--dataset_streaming", "--max_eval_samples", "none"], ["--dataset_streaming needs --max_eval"]),
+        (["--toy", "--dataset_streaming", "--dataloader_num_workers", "2"], ["--dataloader_num_workers must be 0"]),
+        (["--toy", "--columns", "prompt"], ["--columns: `prompt` is not NAME=COLUMN"]),
+        (["--toy", "--columns", "promt=q"], ["--columns: no format reads `promt`", "prompt"]),
+        (["--toy", "--columns", "prompt=q,prompt=r"], ["--columns: `prompt` is given twice"]),
+        (["--toy", "--on_bad_rows", "ignore"], ["ignore", "stop", "drop", "keep"]),
         (["--toy", "--load_in_4bit"], ["add --use_peft", "CUDA"]),
         (["--toy", "--load_best_model_at_end"], ["load_best_model_at_end"]),
         (["--toy", "--lr_scheduler_kwargs", "text"], ["lr_scheduler_kwargs"]),
@@ -743,6 +749,7 @@ def test_a_json_file_that_does_not_exist_is_a_problem_not_a_crash(option: str) -
         (["--sync_ref_model", "--use_peft"], ["--sync_ref_model", "--use_peft"]),
         (["--sync_ref_model", "--precompute_ref_log_probs"], ["--sync_ref_model", "--precompute_ref_log_probs"]),
         (["--loss_type", "exo_pair"], ["--label_smoothing"]),
+        (["--precompute_ref_log_probs", "--dataset_streaming"], ["--precompute_ref_log_probs", "--dataset_streaming"]),
     ],
 )
 def test_impossible_combinations_of_dpo_are_refused(argv: list[str], words: list[str]) -> None:
@@ -816,7 +823,8 @@ def test_a_repeated_run_decides_about_conversations_as_the_first_did(monkeypatch
     splits = types.SimpleNamespace(train=types.SimpleNamespace(column_names=["messages"]))
     monkeypatch.setattr(sft.training, "prepare", lambda *args: types.SimpleNamespace(tokenizer=None))
     monkeypatch.setattr(sft.training, "require_chat_template", lambda *args: None)
-    monkeypatch.setattr(sft, "load", lambda *args: splits)
+    monkeypatch.setattr(sft, "load", lambda *args, **options: splits)
+    monkeypatch.setattr(sft, "prompt_limit", lambda *args: None)
     trained: list[bool] = []
 
     def stop(config: Config, job: Any, splits: Any, args: Any) -> None:

@@ -42,7 +42,7 @@ CASES: list[tuple[str, str, Row, Row]] = [
         {"prompt": "2+2=", "completion": "4"},
     ),
     (
-        "TRL prompt-completion",
+        "TRL prompt-completion (conversational)",
         "sft",
         {"prompt": [user("2+2")], "completion": [assistant("4")]},
         {"prompt": [user("2+2")], "completion": [assistant("4")]},
@@ -100,22 +100,69 @@ CASES: list[tuple[str, str, Row, Row]] = [
         {"prompt": "2+2=", "chosen": "4", "rejected": "5"},
     ),
     (
-        "TRL preference",
+        "TRL preference (conversational)",
         "preference",
         {"prompt": [user("2+2")], "chosen": [assistant("4")], "rejected": [assistant("5")]},
         {"prompt": [user("2+2")], "chosen": [assistant("4")], "rejected": [assistant("5")]},
     ),
     (  # the prompt as text beside whole conversations, as in HuggingFaceH4/ultrafeedback_binarized
-        "TRL preference",
+        "TRL preference (conversational)",
         "preference",
         {"prompt": "q", "chosen": [user("q"), assistant("4")], "rejected": [user("q"), assistant("5")]},
         {"prompt": [user("q")], "chosen": [assistant("4")], "rejected": [assistant("5")]},
     ),
     (
-        "TRL preference, implicit prompt",
+        "TRL preference, implicit prompt (conversational)",
         "preference",
         {"chosen": [user("q"), assistant("4")], "rejected": [user("q"), assistant("5")]},
         {"prompt": [user("q")], "chosen": [assistant("4")], "rejected": [assistant("5")]},
+    ),
+    (
+        "TRL preference, implicit prompt",
+        "preference",
+        {"chosen": "q? yes", "rejected": "q? no"},
+        {"prompt": "q?", "chosen": " yes", "rejected": " no"},
+    ),
+    (
+        "TRL unpaired preference",
+        "unpaired preference",
+        {"prompt": "2+2=", "completion": "5", "label": "false"},
+        {"prompt": "2+2=", "completion": "5", "label": False},
+    ),
+    (
+        "TRL unpaired preference (conversational)",
+        "unpaired preference",
+        {"prompt": [user("2+2")], "completion": [assistant("4")], "label": 1},
+        {"prompt": [user("2+2")], "completion": [assistant("4")], "label": True},
+    ),
+    (
+        "ShareGPT",
+        "sft",
+        {
+            "conversations": [
+                human("Weather?"),
+                {"from": "function_call", "value": '{"name": "look", "arguments": {"at": "sky"}}'},
+                {"from": "observation", "value": "sunny"},
+                gpt("Sunny."),
+            ]
+        },
+        {
+            "messages": [
+                user("Weather?"),
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}}],
+                },
+                {"role": "tool", "content": "sunny"},
+                assistant("Sunny."),
+            ]
+        },
+    ),
+    (  # parts of text and images, which the vision modules read
+        "OpenAI messages",
+        "sft",
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}, assistant("a cat")], "images": ["cat.png"]},
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}, assistant("a cat")], "images": ["cat.png"]},
     ),
     (
         "alpaca preference",
@@ -138,12 +185,12 @@ IDS = [f"{name}-{i}" for i, (name, *_) in enumerate(CASES)]
 
 
 def convert(row: Row) -> Row:
-    return formats.detect(list(row), row, "data.json").convert(row)
+    return formats.detect(list(row), [row], "data.json").convert(row)
 
 
 @pytest.mark.parametrize(("name", "task", "row", "expected"), CASES, ids=IDS)
 def test_a_row_is_recognised_and_converted(name: str, task: str, row: Row, expected: Row) -> None:
-    fmt = formats.detect(list(row), row, "data.json")
+    fmt = formats.detect(list(row), [row], "data.json")
     assert (fmt.name, fmt.task) == (name, task)
     assert fmt.convert(row) == expected
 
@@ -151,7 +198,7 @@ def test_a_row_is_recognised_and_converted(name: str, task: str, row: Row, expec
 @pytest.mark.parametrize(("name", "task", "row", "expected"), CASES, ids=IDS)
 def test_columns_that_no_format_knows_do_no_harm(name: str, task: str, row: Row, expected: Row) -> None:
     row = {"id": 7, "source": "web", **row}
-    fmt = formats.detect(list(row), row, "data.json")
+    fmt = formats.detect(list(row), [row], "data.json")
     assert (fmt.name, fmt.convert(row)) == (name, expected)
 
 
@@ -180,66 +227,9 @@ def test_a_tool_call_needs_no_text() -> None:
 
 def test_unknown_columns_are_refused_with_the_list_of_formats() -> None:
     with pytest.raises(UserError) as caught:
-        formats.detect(["question", "answer"], {"question": "q", "answer": "a"}, "my.json")
+        formats.detect(["question", "answer"], [{"question": "q", "answer": "a"}], "my.json")
     message = str(caught.value)
-    assert "my.json" in message and "question, answer" in message
+    assert "my.json" in message and "`question`, `answer`" in message
     for fmt in formats.FORMATS:
         assert fmt.name in message
         assert all(column in message for column in fmt.columns)
-
-
-BAD_ROWS = {
-    "bad role": ({"messages": [user("q"), {"role": "asistant", "content": "a"}]}, "messages[1]", "asistant"),
-    "bad speaker": ({"conversations": [human("q"), {"from": "bot", "value": "a"}]}, "conversations[1].from", "bot"),
-    "no role": ({"messages": ["hello"]}, "messages[0]", "role"),
-    "content is a number": ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content", "int"),
-    "value is missing": ({"conversations": [{"from": "human"}]}, "conversations[0].value", "nothing"),
-    "no messages": ({"messages": []}, "messages", "non-empty"),
-    "last turn asks": ({"messages": [user("q"), assistant("a"), user("r")]}, "messages", "assistant"),
-    "last turn asks (ShareGPT)": ({"conversations": [human("q")]}, "conversations", "assistant"),
-    "prompt ends with an answer": (
-        {"prompt": [user("q"), assistant("a")], "completion": [assistant("b")]},
-        "prompt",
-        "user",
-    ),
-    "preference prompt ends with an answer": (
-        {"conversations": [human("q"), gpt("a")], "chosen": gpt("4"), "rejected": gpt("5")},
-        "conversations",
-        "user",
-    ),
-    "chosen is a question": (
-        {"conversations": [human("q")], "chosen": human("4"), "rejected": gpt("5")},
-        "chosen",
-        "assistant",
-    ),
-    "text is missing": ({"text": None}, "text", "nothing"),
-    "text is blank": ({"text": "  \n"}, "text", "empty"),
-    "output is a number": ({"instruction": "Add", "output": 4}, "output", "int"),
-    "instruction is empty": ({"instruction": "", "output": "4"}, "instruction", "empty"),
-    "history is no pair": ({"instruction": "i", "output": "o", "history": [["only"]]}, "history[0]", "pair"),
-    "rejected is missing": ({"prompt": "p", "chosen": "c", "rejected": None}, "rejected", "nothing"),
-    "answers agree": ({"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("a")]}, "rejected", ""),
-    "no common prompt": ({"chosen": [user("q"), assistant("a")], "rejected": [user("x")]}, "chosen", "in common"),
-}
-
-
-@pytest.mark.parametrize(("row", "field", "hint"), BAD_ROWS.values(), ids=BAD_ROWS)
-def test_an_unusable_field_is_named(row: Row, field: str, hint: str) -> None:
-    with pytest.raises(formats.FieldError) as caught:
-        convert(row)
-    assert f"`{field}`" in str(caught.value)
-    assert hint in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("columns", "row", "field"),
-    [
-        (["messages"], {"messages": [assistant("4")]}, "messages"),
-        (["conversations"], {"conversations": [gpt("4")]}, "conversations"),
-        (["instruction", "output"], {"instruction": "Add", "output": "4", "history": [["x", 3]]}, "history"),
-        (["prompt", "chosen", "rejected"], {"prompt": "2+2=", "chosen": "4", "rejected": "4"}, "rejected"),
-    ],
-)
-def test_rows_that_teach_nothing_are_refused_by_field(columns: list[str], row: Row, field: str) -> None:
-    with pytest.raises(formats.FieldError, match=f"field `{field}"):
-        formats.detect(columns, row, "file").convert(row)

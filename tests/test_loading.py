@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 REAL_DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 ROWS = [{"prompt": f"2 + {i} =", "completion": str(2 + i)} for i in range(20)]
+HELD_OUT = [{"prompt": f"3 + {i} =", "completion": str(3 + i)} for i in range(3)]
 PAIRS = [{"prompt": f"2 + {i} =", "chosen": str(2 + i), "rejected": str(i)} for i in range(20)]
 
 
@@ -90,7 +91,7 @@ def test_the_fingerprint_tells_content_not_place(tmp_path: Path) -> None:
     for name in ("array.json", "rows.jsonl", "rows.parquet"):
         WRITERS[name](tmp_path / name)
     same = {read(tmp_path / name).fingerprint for name in ("array.json", "rows.jsonl", "rows.parquet")}
-    other = read(write_jsonl(tmp_path / "other.jsonl", [{**row, "completion": "?"} for row in ROWS])).fingerprint
+    other = read(write_jsonl(tmp_path / "other.jsonl", [{**row, "completion": "-"} for row in ROWS])).fingerprint
     assert len(same) == 1 and other not in same
 
 
@@ -124,11 +125,11 @@ def test_a_hub_id_goes_through_load_dataset(monkeypatch: pytest.MonkeyPatch) -> 
 
     def load_dataset(*args: Any, **kwargs: Any) -> DatasetDict:
         calls.append((args, kwargs))
-        return DatasetDict({"train": dataset(ROWS), "held": dataset(ROWS[:3])})
+        return DatasetDict({"train": dataset(ROWS), "held": dataset(HELD_OUT)})
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     found = read("someone/sums", dataset_config="easy", dataset_test_split="held")
-    assert calls == [(("someone/sums",), {"name": "easy"})]
+    assert calls == [(("someone/sums",), {"name": "easy", "streaming": False})]
     assert (len(found.train), len(found.test), found.source) == (20, 3, "someone/sums")
 
 
@@ -196,12 +197,11 @@ def test_limits_take_the_first_rows(tmp_path: Path) -> None:
 
 def test_messages_survive_the_trip_through_arrow(tmp_path: Path) -> None:
     call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "add"}}]}
-    messages = [{"role": "user", "content": "2+2?"}, call, {"role": "tool", "content": "4"}]
-    rows = [{"messages": [*messages, {"role": "assistant", "content": f"4, {i}"}]} for i in range(4)]
+    more = [call, {"role": "tool", "content": "4"}, {"role": "assistant", "content": "4"}]
+    rows = [{"messages": [{"role": "user", "content": f"2+2? {i}"}, *more]} for i in range(4)]
     found = read(write_jsonl(tmp_path / "rows.jsonl", rows))
     assert found.format == "OpenAI messages"
-    assert [turn["role"] for turn in found.train[0]["messages"]] == ["user", "assistant", "tool", "assistant"]
-    assert found.train[0]["messages"][0]["content"] == "2+2?"
+    assert as_set(found.train) | as_set(found.test) == {json.dumps(row, sort_keys=True) for row in rows}
 
 
 def real(name: str) -> Path:
@@ -212,10 +212,11 @@ def real(name: str) -> Path:
 
 def test_real_alpaca_data() -> None:
     path = real("alpaca_en_demo.json")
-    found = read(path, max_eval_samples=None)
+    found = read(path, max_eval_samples=None, on_bad_rows="drop")
     source = json.loads(path.read_text())
     assert found.format == "alpaca"
-    assert len(found.train) + len(found.test) == len(source)
+    assert len(found.train) + len(found.test) == len(source) - 14
+    assert (found.report.counts, found.report.rows_dropped) == ({"duplicate": 14}, 14)
     answers = {row["completion"][0]["content"] for part in (found.train, found.test) for row in part}
     assert answers == {row["output"] for row in source}
     assert all([turn["role"] for turn in row["prompt"]] == ["user"] for row in found.train)
@@ -223,9 +224,10 @@ def test_real_alpaca_data() -> None:
 
 def test_real_sharegpt_preference_data() -> None:
     path = real("dpo_en_demo.json")
-    found = read(path, "preference", max_eval_samples=None)
+    found = read(path, "preference", max_eval_samples=None, on_bad_rows="drop")
     source = json.loads(path.read_text())
     assert found.format == "ShareGPT preference"
+    assert (found.report.counts, found.report.rows_dropped) == ({"duplicate": 5}, 5)
     pairs = {(r["chosen"][0]["content"], r["rejected"][0]["content"]) for p in (found.train, found.test) for r in p}
     assert pairs == {(row["chosen"]["value"], row["rejected"]["value"]) for row in source}
     assert all(row["prompt"][-1]["role"] == "user" for row in found.train)
@@ -271,13 +273,6 @@ def test_sft_data_are_not_for_dpo(tmp_path: Path) -> None:
     assert "--module sft" in message and "chosen" in message and "rejected" in message
 
 
-def test_broken_json_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "rows.json").write_text('[{"prompt": "a", "completion": "b"}, {"prompt": ')
-    message = refusal(tmp_path / "rows.json")
-    assert "rows.json" in message and "cannot be loaded" in message
-    assert "\n" not in message
-
-
 def test_one_row_is_too_few(tmp_path: Path) -> None:
     message = refusal(write_jsonl(tmp_path / "rows.jsonl", ROWS[:1]))
     assert "1 row" in message and "two" in message
@@ -308,51 +303,11 @@ def test_an_unreachable_hub_id_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     assert "someone/sums" in message and "no route to the hub" in message
 
 
-BAD = {"messages": [{"role": "user", "content": "q"}, {"role": "asistant", "content": "a"}]}
-GOOD = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
-
-
-def test_a_bad_row_of_a_split_file_is_named(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "train.jsonl", [GOOD] * 6 + [BAD] + [GOOD] * 3)
-    write_jsonl(tmp_path / "test.jsonl", [GOOD] * 2)
-    message = refusal(tmp_path)
-    assert "train" in message and "row 6:" in message and "messages[1]" in message and "asistant" in message
-
-
-def test_a_bad_row_keeps_its_number_when_rows_are_set_aside(tmp_path: Path) -> None:
-    """The number is the row's place in the file, not in the shuffled training rows."""
-    path = write_jsonl(tmp_path / "rows.jsonl", [GOOD] * 6 + [BAD] + [GOOD] * 13)
-    messages = [refusal(path, seed=seed) for seed in range(4)]
-    assert all("row 6:" in message for message in messages), messages
-
-
-def test_a_bad_row_in_the_test_split_is_named(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "train.jsonl", [GOOD] * 2)
-    write_jsonl(tmp_path / "test.jsonl", [GOOD, BAD])
-    message = refusal(tmp_path)
-    assert "test" in message and "row 1:" in message
-
-
-@pytest.mark.slow
-def test_a_bad_row_is_named_by_worker_processes_too(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "train.jsonl", [GOOD] * 6 + [BAD] + [GOOD] * 3)
-    write_jsonl(tmp_path / "test.jsonl", [GOOD] * 2)
-    assert "row 6: field `messages[1]`" in refusal(tmp_path, num_proc=2)
-
-
 def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
-    """Nothing is served from a cache of the conversion."""
+    """The cache of the conversion goes by content, not by name."""
     path = tmp_path / "rows.jsonl"
     first = read(write_jsonl(path, ROWS))
-    changed = [{**row, "completion": "?"} for row in ROWS]
+    changed = [{**row, "completion": "-"} for row in ROWS]
     second = read(write_jsonl(path, changed))
     assert first.fingerprint != second.fingerprint
-    assert {row["completion"] for row in second.train} == {"?"}
-
-
-def test_a_file_in_another_encoding_is_named_with_its_line(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    good = json.dumps(GOOD).encode()
-    path.write_bytes(good + b"\n" + '{"text": "排序"}'.encode("gbk") + b"\n")
-    message = refusal(path)
-    assert "line 2 is not UTF-8" in message
+    assert {row["completion"] for row in second.train} == {"-"}

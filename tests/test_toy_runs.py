@@ -210,21 +210,36 @@ def test_lora_trains_the_adapter_alone_and_loads_again(monkeypatch, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("module", "file", "detected", "options"),
+    ("module", "file", "detected", "n_duplicates", "options"),
     [
-        ("sft", "alpaca_en_demo.json", "alpaca", ()),
-        ("dpo", "dpo_en_demo.json", "ShareGPT preference", ("--use_peft",)),
+        ("sft", "alpaca_en_demo.json", "alpaca", 14, ()),
+        ("dpo", "dpo_en_demo.json", "ShareGPT preference", 5, ("--use_peft",)),
     ],
 )
-def test_real_data_runs_to_the_end(monkeypatch, tmp_path: Path, module, file, detected, options) -> None:
+def test_real_data_runs_to_the_end(monkeypatch, tmp_path: Path, module, file, detected, n_duplicates, options) -> None:
     if not (DATA / file).exists():
         pytest.skip("the real datasets are not here")
     data = ("--dataset_name", str(DATA / file), "--model_name_or_path", "tiny-qwen")
-    more = ("--max_steps", "2", "--max_generation_samples", "2", "--max_new_tokens", "8", "--max_length", "256")
+    more = (
+        "--max_steps",
+        "2",
+        "--max_generation_samples",
+        "2",
+        "--max_new_tokens",
+        "8",
+        "--max_length",
+        "256",
+        "--on_bad_rows",
+        "drop",
+    )
     code, summary = run_here(monkeypatch, tmp_path, "--module", module, *data, *more, *options, *FEW[:4])
     assert code == 0 and summary["status"] == "ok"
     assert summary["data"]["format"] == detected
-    assert summary["data"]["n_train"] + summary["data"]["n_eval"] + summary["data"]["n_dropped"] == 220
+    block, n_rows = summary["data"], len(json.loads((DATA / file).read_text(encoding="utf-8")))
+    assert block["n_train"] + block["n_eval"] == min(220, n_rows - block["n_dropped"])
+    assert block["problems"]["duplicate"] == n_duplicates
+    bad_rows = (tmp_path / "run" / "bad_rows.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(bad_rows) == sum(block["problems"].values()) == block["n_dropped"]
     assert {check["status"] for check in summary["checks"] if check["kind"] == "invariant"} == {"pass"}
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 from trl import ModelConfig
@@ -60,6 +61,8 @@ POSITIVE = (
     "lora_r",
     "lora_alpha",
 )
+# What a chat template raises that does not know what to do with a conversation.
+REFUSALS = (TemplateError, TypeError, ValueError, KeyError)
 LORA_ONLY = ("lora_", "use_rslora", "use_dora")
 
 
@@ -287,7 +290,10 @@ class PromptLimit:
 
     def problem(self, row: dict[str, Any]) -> str | None:
         """What is wrong with the length of a row; None when its prompt fits."""
-        n = self.encode(row).n_prompt
+        try:
+            n = self.encode(row).n_prompt
+        except REFUSALS:  # the trainer will refuse the row in the same way, and `explaining` says so
+            return None
         return f"its prompt of {n} tokens fills --max_length {self.max_length}" if n >= self.max_length else None
 
     @functools.cached_property
@@ -430,7 +436,7 @@ def explaining(job: Job, splits: Splits) -> Iterator[None]:
     """What the libraries refuse while a trainer is set up becomes one message that says what was being set up."""
     try:
         yield
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except (*REFUSALS, OSError, RuntimeError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"the training of {job.name} on {splits.source} cannot be set up: {reason}") from error
 

@@ -75,7 +75,8 @@ def duplicates(split: Split) -> Iterator[Problem]:
     original = good[first[group]]  # (N,) the first row with the same content
     again = good != original
     for index, before in zip(good[again], original[again], strict=True):
-        text = f"is the same as {place_of(*split.place(before)[1:])}"
+        same_file = split.place(index)[0] == split.place(before)[0]
+        text = f"is the same as {place_of(*split.place(before)[1:]) if same_file else split.shown_place(before)}"
         yield split.problem(index, "duplicate", None, text, "remove one of them")
 
 

@@ -1,6 +1,6 @@
 """Which format a dataset is in, and how a row of it becomes TRL's columns.
 
-Detection looks at column names and, where they do not decide, at a first row. The result is what TRL calls a dataset
+Detection looks at column names and, where they do not decide, at the first rows. The result is what TRL calls a dataset
 type: language modeling, prompt-completion, preference, unpaired preference
 (https://huggingface.co/docs/trl/dataset_formats).
 """
@@ -47,6 +47,7 @@ SCORES = (
 OPTIONAL_COLUMNS = ("input", "system", "history")  # read when they are there
 CARRIED_COLUMNS = ("tools", "image", "images")  # handed on as they are
 TEXT, MESSAGES, LABEL = "text", "messages", "label"
+SHOWN_CHARS = 40  # of a wrong value in a message
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,16 @@ class Format:
         """
         found = Found()
         converted = self.read(row, found)
-        _check_scores(row, found)
-        carried = {"tools": _tools(row, found), "image": row.get("image"), "images": row.get("images")}
+        carried = {"tools": _tools(row, found), "image": _image(row, found), "images": _images(row, found)}
         if found:
             raise BadRow(found)
         return converted | {name: value for name, value in carried.items() if value is not None}
+
+    def doubts(self, row: Row) -> Sequence[FieldProblem]:
+        """What makes a row suspicious that can be converted all the same."""
+        found = Found()
+        _check_scores(row, found)
+        return found
 
 
 def known_columns() -> set[str]:
@@ -125,13 +131,12 @@ def detect(columns: Sequence[str], rows: Sequence[Row], where: str) -> Format:
     """
     for fmt in FORMATS:
         if set(fmt.columns) <= set(columns):
-            complete = (row for row in rows if all(row.get(column) is not None for column in fmt.columns))
-            example = next(complete, None)
-            if example is None or fmt.accepts(example):
+            complete = [row for row in rows if all(row.get(column) is not None for column in fmt.columns)]
+            if 2 * sum(map(fmt.accepts, complete)) >= len(complete):  # most of them: a few may be broken
                 return fmt
     known = "\n".join(f"    {f.task:<20} {f.name:<48} {', '.join(f.columns)}" for f in FORMATS)
     raise UserError(
-        f"{where}: the columns {', '.join(columns) or '(none)'} match no known dataset format. "
+        f"{where}: the columns {', '.join(f'`{name}`' for name in columns) or '(none)'} match no known dataset format. "
         f"Rename them, or map them as in --columns prompt=question,completion=answer, to one of these:\n{known}"
     )
 
@@ -151,7 +156,8 @@ def prompt_of(converted: Row) -> Any:
     return converted.get("prompt")
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a value of a row is, in words."""
     names = {str: "text", dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number"}
     return "nothing" if value is None else names.get(type(value), f"a {type(value).__name__}")
 
@@ -168,8 +174,31 @@ def _tools(row: Row, found: Found) -> list[Any] | None:
             )
             return None
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        found.add("type", "tools", f"must be a list of objects, but is {_kind(tools)}", "list one object per tool")
+        found.add("type", "tools", f"must be a list of objects, but is {kind_of(tools)}", "list one object per tool")
     return tools or None
+
+
+def _image(row: Row, found: Found) -> Any:
+    """A path, or what `datasets` has read; None when there is none."""
+    image = row.get("image") or None
+    if image is not None and not _is_image(image):
+        found.add("type", "image", f"must be the path of an image, but is {kind_of(image)}", "write the path as text")
+    return image
+
+
+def _images(row: Row, found: Found) -> Any:
+    images = row.get("images") or None
+    if images is not None and not (isinstance(images, list) and all(_is_image(image) for image in images)):
+        text = f"must be a list of image paths, but is {kind_of(images)}"
+        remedy = 'write ["a.png", ...], or name the column `image` when each row has one'
+        if isinstance(images, list):
+            text, remedy = "must hold paths of images", "write each path as text"
+        found.add("type", "images", text, remedy)
+    return images
+
+
+def _is_image(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, dict) and set(value) == {"bytes", "path"})
 
 
 def _text(row: Row, field: str, found: Found, *, may_be_empty: bool = False) -> str:
@@ -179,11 +208,17 @@ def _text(row: Row, field: str, found: Found, *, may_be_empty: bool = False) -> 
             found.add("missing", field, "is missing", "fill it in, or remove the row")
         return ""
     if not isinstance(value, str):
-        found.add("type", field, f"must be text, but is {_kind(value)}", "write it as text, in quotes")
+        found.add("type", field, f"must be text, but is {kind_of(value)}", "write it as text, in quotes")
         return ""
     if not value.strip() and not may_be_empty:
         found.add("empty", field, "is empty", "fill it in, or remove the row")
     return value
+
+
+LIST_SHAPES = {
+    "messages": '[{"role": "user", "content": ...}, ...]',
+    "turns": '[{"from": "human", "value": ...}, ...]',
+}
 
 
 def _list(row: Row, field: str, what: str, found: Found) -> list[Any]:
@@ -195,7 +230,8 @@ def _list(row: Row, field: str, what: str, found: Found) -> list[Any]:
     elif isinstance(value, list):
         found.add("empty", field, "is empty", f"give at least one of its {what}, or remove the row")
     else:
-        found.add("type", field, f"must be a list of {what}, but is {_kind(value)}", "see docs/data.md for the shape")
+        remedy = f"write {LIST_SHAPES[what]}; a .csv file cannot hold lists, a .jsonl file can"
+        found.add("type", field, f"must be a list of {what}, but is {kind_of(value)}", remedy)
     return []
 
 
@@ -207,7 +243,7 @@ def _messages(row: Row, field: str, found: Found) -> Messages:
 
 def _message(message: Any, field: str, found: Found) -> dict[str, Any]:
     if not isinstance(message, dict):
-        found.add("type", field, f"must be a message, but is {_kind(message)}", 'write {"role": ..., "content": ...}')
+        found.add("type", field, f"must be a message, but is {kind_of(message)}", 'write {"role": ..., "content": ...}')
         return {}
     role = message.get("role")
     if role not in OPENAI_ROLES:
@@ -234,7 +270,7 @@ def _check_content(message: Row, field: str, found: Found) -> None:
         if content is None and message.get("tool_calls"):
             return
         kind = "missing" if content is None else "type"
-        text = "is missing" if content is None else f"must be text, but is {_kind(content)}"
+        text = "is missing" if content is None else f"must be text, but is {kind_of(content)}"
         found.add(kind, f"{field}.content", text, "write the content as text, or remove the row")
     elif not content.strip() and role in ("user", "assistant") and not message.get("tool_calls"):
         found.add("empty", f"{field}.content", "is empty", "fill it in, or remove the row")
@@ -256,7 +292,8 @@ def _tool_call(call: Any, field: str, found: Found) -> Any:
 
 
 def _show(value: Any) -> str:
-    return "nothing" if value is None else f"`{value}`"
+    text = "".join(char if char.isprintable() else " " for char in str(value))  # nothing that moves a cursor
+    return "nothing" if value is None else f"`{text if len(text) <= SHOWN_CHARS else text[:SHOWN_CHARS] + '...'}`"
 
 
 def _turns(row: Row, field: str, found: Found) -> Messages:
@@ -267,10 +304,10 @@ def _turns(row: Row, field: str, found: Found) -> Messages:
 
 def _turn(turn: Any, field: str, found: Found) -> dict[str, Any]:
     if not isinstance(turn, dict):
-        found.add("type", field, f"must be a turn, but is {_kind(turn)}", 'write {"from": ..., "value": ...}')
+        found.add("type", field, f"must be a turn, but is {kind_of(turn)}", 'write {"from": ..., "value": ...}')
         return {}
     speaker = turn.get("from")
-    if speaker not in SHAREGPT_ROLES:
+    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
         known = ", ".join(SHAREGPT_ROLES)
         found.add("role", f"{field}.from", f"is {_show(speaker)}, which is not a speaker", f"use one of {known}")
         return {}
@@ -399,11 +436,18 @@ def _with_label(read: Callable[[Row, Found], Row]) -> Callable[[Row, Found], Row
     return read_with_label
 
 
+HISTORY_SHAPE = "write [[instruction, answer], ...]"
+
+
 def _alpaca_prompt(row: Row, found: Found) -> Messages:
     messages: Messages = []
-    for i, pair in enumerate(row.get("history") or []):
+    history = row.get("history") or []
+    if not isinstance(history, list):
+        found.add("type", "history", f"must be a list of pairs, but is {kind_of(history)}", HISTORY_SHAPE)
+        history = []
+    for i, pair in enumerate(history):
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            found.add("type", f"history[{i}]", "must be a pair of texts", "write [instruction, answer]")
+            found.add("type", f"history[{i}]", "must be a pair of texts", HISTORY_SHAPE)
         else:
             messages += [_user(pair[0]), _assistant(pair[1])]
     parts = [_text(row, "instruction", found), _text(row, "input", found, may_be_empty=True)]

@@ -6,7 +6,7 @@ import hashlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -166,10 +166,18 @@ def open_for_training(args: DataArguments) -> Opened:
         raise UserError(f"--columns: {name} has no column {', '.join(missing)}, only {', '.join(train.columns)}")
     sample = [preparing.renamed(row, mapping) for row in train.sample]
     if not sample:
-        found = next((raw.problem for raw in train.rows() if raw.problem), None)
-        raise UserError(f"{name} has no row that can be read" + (f": {found.text}; {found.remedy}" if found else ""))
+        raise UserError(_no_row(train, name))
     columns = list(dict.fromkeys([*mapping, *(c for c in train.columns if c not in mapping.values())]))
     return Opened(name, sources, formats.detect(columns, sample, name), mapping)
+
+
+def _no_row(source: Source, name: str) -> str:
+    """Why nothing could be read of a split: its first problem."""
+    for raw in source.rows():
+        if raw.problem:
+            of = Problem(**asdict(raw.problem), split=source.split, file=name, row=raw.number, line=raw.line)
+            return f"no row can be read. {of}"
+    return f"{name} has no rows: give a file with at least two"
 
 
 def _open(args: DataArguments, task: str) -> Opened:
@@ -236,8 +244,8 @@ def find_problems(splits: dict[str, Split], train: str, source: str, limit: Leng
             yield from auditing.leaks(splits[train], split)
 
 
-def judge(report: Report, source: str, policy: str, bad_rows_file: Path | None) -> None:
-    """Record the problems, say them, and stop unless the user has said to go on.
+def judge(report: Report, source: str, policy: str, bad_rows_file: Path | None, quiet: bool = False) -> None:
+    """Record the problems, say them (unless `quiet`), and stop unless the user has said to go on.
 
     Raises:
         BadData: the run must not go on.
@@ -250,8 +258,8 @@ def judge(report: Report, source: str, policy: str, bad_rows_file: Path | None) 
         text += f"\nAll of them stand in {bad_rows_file}."
     if report.stops(policy):
         raise BadData(f"{text}\n{ways_out(report)}")
-    if distributed.is_main_process():
-        went_on = "Going on without these rows" if policy == DROP else "Going on with them"
+    if distributed.is_main_process() and not quiet:
+        went_on = "Going on without rows that have problems" if policy == DROP else "Going on with these rows"
         print(f"{text}\n{went_on}: --on_bad_rows {policy}.", file=sys.stderr)
 
 

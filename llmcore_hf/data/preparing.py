@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmcore_hf.data import formats
 from llmcore_hf.data.formats import BadRow, FieldProblem, Format, Row
-from llmcore_hf.data.reading import IMAGE_COLUMNS, SAMPLE, RawRow, Shard, Source
+from llmcore_hf.data.reading import IMAGE_COLUMNS, SAMPLE, RawRow, Shard, Source, image_feature
+from llmcore_hf.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
 FILE, ROW, LINE = "__file__", "__row__", "__line__"  # where it stands
 KEY, PROMPT_KEY = "__key__", "__prompt_key__"  # hashes of the row and of its prompt
 PROMPT_BYTES, PROMPT_TURNS = "__prompt_bytes__", "__prompt_turns__"  # its prompt's size; turns is 0 for plain text
+UNBOUNDED = 2**40  # bytes of tools, tool calls and images: only tokenizing them tells
 ASKS = "__asks__"  # 1: the prompt ends with a question mark, 2: the answer does
 PROBLEMS = "__problems__"  # JSON, null when there are none
 META = (FILE, ROW, LINE, KEY, PROMPT_KEY, PROMPT_BYTES, PROMPT_TURNS, ASKS, PROBLEMS)
+HALF_A_CHARACTER = "holds half of a surrogate pair, which is no text"
 QUESTION_MARKS = ("?", "？")
 
 
@@ -39,6 +42,7 @@ def prepare(source: Source, fmt: Format, columns: dict[str, str], num_proc: int 
     """
     from datasets import Dataset
 
+    _refuse_empty(source)
     # Any row of a text file may be the first to hold tools or an image; columns that stay empty are taken away again.
     carried = formats.CARRIED_COLUMNS if source.features is None else _carried(source, columns)
     features = features_of(source, fmt, columns, carried)
@@ -58,12 +62,19 @@ def stream(source: Source, fmt: Format, columns: dict[str, str]) -> IterableData
     """The same rows one after the other, while they are trained on."""
     from datasets import IterableDataset
 
+    _refuse_empty(source)
     carried = _carried(source, columns)
     return IterableDataset.from_generator(
         prepared_rows,
         features=features_of(source, fmt, columns, carried),
         gen_kwargs=_per_shard(source, fmt, columns, carried),
     )
+
+
+def _refuse_empty(source: Source) -> None:
+    if next(source.rows(), None) is None:
+        files = ", ".join(dict.fromkeys(shard.path for shard in source.shards))
+        raise UserError(f"the split `{source.split}` has no rows: fill it, or remove it{files and f' ({files})'}")
 
 
 def _carried(source: Source, columns: dict[str, str]) -> tuple[str, ...]:
@@ -85,18 +96,12 @@ def features_of(source: Source, fmt: Format, columns: dict[str, str], carried: t
     features = {name: kinds[kind] for name, kind in fmt.outputs.items()}
     for name in carried:
         if source.features is not None and name in IMAGE_COLUMNS:
-            features[name] = _decoding(source.features[columns.get(name, name)])
+            given = source.features[columns.get(name, name)]
+            features[name] = image_feature(given, decode=True) or given  # the vision modules want images, not bytes
         else:
             features[name] = handed_on[name]
     numbers = dict.fromkeys((ROW, LINE, KEY, PROMPT_KEY, PROMPT_BYTES, PROMPT_TURNS, ASKS), Value("int64"))
     return Features({**features, FILE: Value("string"), **numbers, PROBLEMS: Value("string")})
-
-
-def _decoding(feature: Any) -> Any:
-    """The feature of an image column as the vision modules want it: images, not bytes."""
-    from datasets import Image
-
-    return Image() if isinstance(feature, Image) else feature
 
 
 def prepared_rows(
@@ -114,15 +119,20 @@ def prepared_row(raw: RawRow, path: str, fmt: Format, columns: dict[str, str], c
     place = {FILE: path, ROW: raw.number, LINE: raw.line}
     if raw.problem is not None or raw.row is None:
         return place | {PROBLEMS: _dump([raw.problem])}
+    row = renamed(raw.row, columns)
+    doubts = fmt.doubts(row)
     try:
-        converted = fmt.convert(renamed(raw.row, columns))
+        converted = fmt.convert(row)
         _check_carried(converted, carried)
-        return place | converted | _known_about(converted)
+        known = place | converted | _known_about(converted)
+        return known | {PROBLEMS: _dump(doubts)} if doubts else known
     except BadRow as error:
-        return place | {PROBLEMS: _dump(error.problems)}
+        return place | {PROBLEMS: _dump([*error.problems, *doubts])}
     except UnicodeEncodeError:
-        text = "holds half of a surrogate pair, which is no text"
-        return place | {PROBLEMS: _dump([FieldProblem("encoding", None, text, "write the character whole")])}
+        problem = FieldProblem("encoding", None, HALF_A_CHARACTER, "write the character whole")
+    except RecursionError:
+        problem = FieldProblem("json", None, "is nested too deeply", "flatten the object")
+    return place | {PROBLEMS: _dump([problem])}
 
 
 def _check_carried(converted: Row, carried: tuple[str, ...]) -> None:
@@ -148,7 +158,8 @@ def renamed(row: Row, columns: dict[str, str]) -> Row:
 
 
 def _dump(problems: Any) -> str:
-    return json.dumps([asdict(problem) for problem in problems], ensure_ascii=False)
+    text = json.dumps([asdict(problem) for problem in problems], ensure_ascii=False)
+    return text.encode("utf-8", "replace").decode()  # a wrong value that is shown may be no text
 
 
 def _known_about(converted: Row) -> Row:
@@ -165,14 +176,14 @@ def _known_about(converted: Row) -> Row:
 
 
 def _size(value: Any) -> int:
-    """Bytes of all text in a value, keys included where it is more than a text in a message."""
+    """Bytes of a text, or of all texts of a conversation; `UNBOUNDED` for what a chat template writes at its own length."""
     if value is None:
         return 0
     if isinstance(value, str):
         return len(value.encode())
     if isinstance(value, list) and all(isinstance(turn, dict) and set(turn) == {"role", "content"} for turn in value):
         return sum(_size(turn["content"]) for turn in value)
-    return len(json.dumps(value, ensure_ascii=False, default=str).encode())
+    return UNBOUNDED
 
 
 def _hash(value: Any) -> int:

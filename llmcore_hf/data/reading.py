@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmcore_hf.data.formats import FieldProblem, Row
+from llmcore_hf.data.formats import FieldProblem, Row, kind_of
 from llmcore_hf.data.toy import TOY_DATASETS
 from llmcore_hf.errors import UserError
 
@@ -29,6 +29,7 @@ SAMPLE = 100  # rows looked at to tell the format
 SHARD_BYTES = 32 * 2**20
 BLOCK_BYTES = 4 * 2**20
 IMAGE_COLUMNS = ("image", "images")
+HUGE_NUMBER = "holds a number of thousands of digits"  # more than Python converts
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -119,6 +120,10 @@ def open_dataset(name: str, config_name: str | None = None, streaming: bool = Fa
     if name in TOY_DATASETS:
         return _from_tables(TOY_DATASETS[name](), name)
     path = Path(name).expanduser()
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the name of {name!r} is not UTF-8 text: rename the file") from None
     if path.is_file():
         if path.suffix not in BUILDERS:
             raise UserError(f"{name}: files of type `{path.suffix}` are not read; use {', '.join(BUILDERS)}")
@@ -135,14 +140,17 @@ def open_dataset(name: str, config_name: str | None = None, streaming: bool = Fa
 
 
 @contextmanager
-def _explaining(name: str) -> Iterator[None]:
+def _explaining(name: str, hint: str = "") -> Iterator[None]:
     """Turn whatever a reader of `datasets` raises into one message: each raises its own kinds."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"the dataset {name} cannot be loaded: {_innermost(error)}") from error
+        reason = _innermost(error)
+        if "corresponds to no data" in reason:  # how `datasets` says that a table is empty
+            raise UserError(f"{name} has no rows: give a file with at least two") from error
+        raise UserError(f"the dataset {name} cannot be loaded: {reason}{hint and f'; {hint}'}") from error
 
 
 def _innermost(error: BaseException) -> str:
@@ -171,7 +179,7 @@ def _from_files(builder: str, files: dict[str, list[str]], streaming: bool) -> d
 
         (paths,) = files.values()
         _refuse_empty(paths)
-        with _explaining(paths[0]):
+        with _explaining(paths[0], f"is it a {Path(paths[0]).suffix} file, and whole?"):
             return _from_tables(load_dataset(builder, data_files=paths, streaming=streaming), paths[0])
     sources = {}
     for split, paths in files.items():
@@ -194,18 +202,27 @@ def _refuse_empty(paths: list[str]) -> None:
 
 
 def _from_tables(loaded: Any, name: str) -> dict[str, Source]:
-    from datasets import Dataset, Image, IterableDataset
+    from datasets import Dataset, IterableDataset
 
     splits = {"train": loaded} if isinstance(loaded, Dataset | IterableDataset) else dict(loaded)
     sources = {}
     for split, rows in splits.items():
-        for column in IMAGE_COLUMNS:  # handed on as bytes: decoding and encoding again would change them
-            if rows.features and isinstance(rows.features.get(column), Image):
-                rows = rows.cast_column(column, Image(decode=False))
+        for column, feature in (rows.features or {}).items():
+            if (encoded := image_feature(feature, decode=False)) is not None:
+                rows = rows.cast_column(column, encoded)  # decoding and encoding again would change the bytes
         digest = rows._fingerprint if isinstance(rows, Dataset) else None
         place = name if len(splits) == 1 else f"{name} ({split})"
         sources[str(split)] = Source(str(split), _table_shards(rows, place), digest, rows.features)
     return sources
+
+
+def image_feature(feature: Any, decode: bool) -> Any:
+    """The same column of images, decoded or as bytes; None when it holds no images."""
+    from datasets import Image, List
+
+    if isinstance(feature, List) and isinstance(feature.feature, Image):
+        return List(Image(decode=decode))
+    return Image(decode=decode) if isinstance(feature, Image) else None
 
 
 def _table_shards(rows: Dataset | IterableDataset, place: str) -> list[Shard]:
@@ -261,14 +278,18 @@ def _kind_of_text(path: Path) -> tuple[str, int]:
         raise UserError(f"{path} is empty: it holds nothing but white space")
     if path.suffix == ".csv":
         return "csv", begin
-    is_array = head.startswith(b"[") or (path.suffix == ".json" and not _is_json(head.partition(b"\n")[0]))
+    first_line, _, rest = head.partition(b"\n")
+    if path.suffix == ".jsonl":  # a line that holds a list is a bad row; a file that is one list has the wrong suffix
+        is_array = head.startswith(b"[") and not (rest.strip() and _is_json(first_line))
+    else:
+        is_array = head.startswith(b"[") or not _is_json(first_line)
     return "json" if is_array else "jsonl", begin
 
 
 def _is_json(line: bytes) -> bool:
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -294,6 +315,8 @@ def _json_line(line: bytes, number: int) -> RawRow:
     except json.JSONDecodeError as error:
         text = f"is not valid JSON at column {error.colno}: {error.msg}"
         return RawRow(None, number, None, FieldProblem("json", None, text, "write one JSON object per line"))
+    except ValueError:
+        return RawRow(None, number, None, FieldProblem("json", None, HUGE_NUMBER, "write it as text, in quotes"))
     except RecursionError:
         return RawRow(None, number, None, FieldProblem("json", None, "is nested too deeply", "flatten the object"))
     return _as_row(row, None, number)
@@ -302,7 +325,7 @@ def _json_line(line: bytes, number: int) -> RawRow:
 def _as_row(value: Any, number: int | None, line: int | None) -> RawRow:
     if isinstance(value, dict):
         return RawRow(number, line, value)
-    text = f"holds a {type(value).__name__}, not an object with named fields"
+    text = f"holds {kind_of(value)}, not an object with named fields"
     return RawRow(number, line, None, FieldProblem("json", None, text, 'write {"prompt": ..., "completion": ...}'))
 
 
@@ -329,6 +352,8 @@ def _json_array(shard: TextShard) -> Iterator[RawRow]:
             number += 1
     except json.JSONDecodeError as error:
         yield _unreadable(error.lineno, f"column {error.colno}: not valid JSON: {error.msg}", "mend the file there")
+    except ValueError:
+        yield _unreadable(line, f"the element behind this line {HUGE_NUMBER}", "write it as text, in quotes")
     except RecursionError:
         yield _unreadable(line, "an element is nested too deeply", "flatten it")
 
@@ -371,7 +396,10 @@ def _decode(path: Path) -> tuple[str, RawRow | None]:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         begin = data.rfind(b"\n", 0, error.start) + 1
-        problem = _not_utf8(data[begin : error.end], UnicodeDecodeError("utf-8", b"", error.start - begin, 0, ""))
+        end = data.find(b"\n", error.end)
+        problem = _not_utf8(
+            data[begin : end if end >= 0 else len(data)], UnicodeDecodeError("utf-8", b"", error.start - begin, 0, "")
+        )
         return "", _unreadable(line, problem.text, problem.remedy)
 
 
@@ -388,19 +416,33 @@ def _csv_rows(shard: TextShard) -> Iterator[RawRow]:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield RawRow(
-                    number, line, None, FieldProblem("csv", None, f"is not valid CSV: {error}", "mend the quotes")
-                )
+                last = f" up to line {reader.line_num}" if reader.line_num > line else ""
+                kind = "unreadable" if "end of data" in str(error) else "csv"  # a quote that nothing closes
+                text = f"is not valid CSV{last}: {error}"
+                yield RawRow(number, line, None, FieldProblem(kind, None, text, "mend the quotes"))
                 number += 1
                 continue
             except UnicodeDecodeError:
                 yield _decode(Path(shard.path))[1] or _unreadable(line, "is not UTF-8 text", "save the file as UTF-8")
                 return
-            if header is None:
+            if header is None and cells:
                 header = cells
-            elif cells:
+                if problem := _wrong_header(header):
+                    yield RawRow(None, line, None, problem)
+                    return
+            elif header is not None and cells:
                 yield _csv_row(header, cells, number, line)
                 number += 1
+
+
+def _wrong_header(header: list[str]) -> FieldProblem | None:
+    twice = next((name for i, name in enumerate(header) if name in header[:i]), None)
+    if twice is not None:
+        return FieldProblem("unreadable", twice, "stands twice among the column names", "give each column its own name")
+    if len(header) == 1 and (separator := next((mark for mark in ";\t|" if mark in header[0]), None)):
+        text = f"separates its columns with {separator!r}, not with a comma"
+        return FieldProblem("unreadable", None, text, "save the file with commas")
+    return None
 
 
 def _csv_row(header: list[str], cells: list[str], number: int, line: int) -> RawRow:

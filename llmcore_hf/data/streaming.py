@@ -39,17 +39,19 @@ class Gate:
     def __call__(self, row: dict[str, Any]) -> bool:
         """Whether the row is trained on. Raises `BadData` for a problem that stops the run."""
         problems = list(self._problems(row))
+        if not problems:
+            return True
+        our_doing = [problem for problem in problems if problem.kind == "leak" and self.set_aside_here]
+        kept = self.args.on_bad_rows == KEEP and not our_doing
         place = row[FILE], row[ROW], row[LINE]
-        if problems and place not in self.seen:
+        if place not in self.seen:
             self.seen.add(place)
             found = Report()
-            found.add(problems)
-            forgiven = self.set_aside_here and set(found.counts) == {"leak"}
-            if not forgiven and found.stops(self.args.on_bad_rows):
-                judge(found, str(self.args.dataset_name), self.args.on_bad_rows, None)
+            found.add(problem for problem in problems if problem not in our_doing)
+            judge(found, str(self.args.dataset_name), self.args.on_bad_rows, None, quiet=True)
             self.report.add(problems)
-            self.report.rows_dropped += self.args.on_bad_rows != KEEP
-        return not problems or self.args.on_bad_rows == KEEP
+            self.report.rows_dropped += not kept
+        return kept
 
     def _problems(self, row: dict[str, Any]) -> Iterator[Problem]:
         place = {"split": self.split, "file": row[FILE], "row": row[ROW], "line": row[LINE]}
@@ -90,11 +92,11 @@ def stream_splits(
             name = names.get(role, names["train"])
             rows = preparing.stream(opened.sources[name], opened.format, opened.columns)
             held_out[role] = _first(rows, Gate(name, args, limit, report), args.max_eval_samples)
-    held_out.setdefault("validation", held_out["test"])
     gate = Gate(names["train"], args, limit, report)
     gate.set_aside_here = n_aside > 0
     for role, rows in held_out.items():
         gate.held_out |= dict.fromkeys(rows[PROMPT_KEY], names.get(role, role))
+    held_out.setdefault("validation", held_out["test"])
     rows = train.skip(n_aside).filter(gate)
     if args.max_train_samples:
         rows = rows.take(args.max_train_samples)
