@@ -58,7 +58,8 @@ def command(module: str, variant: str, run: Path, *more: str) -> list[str]:
 
 
 def start(arguments: list[str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with open(Path(tempfile.gettempdir(), "kill_resume.log"), "ab") as log:  # what a run says that fails by itself
+        return subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=log)
 
 
 def rows(run: Path) -> list[dict[str, float]]:

@@ -135,7 +135,7 @@ def test_tokens_are_coloured_on_a_terminal(tmp_path: Path) -> None:
         (["inspect", "{folder}"], 1, ["cannot be loaded", "data files"]),
         (["inspect", "{empty}"], 1, ["empty.jsonl is empty"]),
         (["inspect", "{strange}"], 1, ["`q`", "match no known dataset format"]),
-        (["inspect", "{parts}"], 1, ["the chat template of tiny-qwen cannot write", "--model_name_or_path"]),
+        (["inspect", "{parts}"], 1, ["the tokenizer of tiny-qwen cannot write", "--model_name_or_path"]),
     ],
 )
 def test_a_wrong_call_is_one_message_without_a_traceback(
