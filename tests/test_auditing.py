@@ -203,6 +203,13 @@ def test_a_prompt_without_room_for_an_answer_is_named(tmp_path: Path, name: str,
     assert not read(path, task, limit=LIMITS[task](job_of(name), 10**4)).report.total
 
 
+def test_a_row_with_another_problem_is_not_measured(tmp_path: Path) -> None:
+    long = ask("long " * 60)
+    path = write_jsonl(tmp_path / "rows.jsonl", [*good_rows(PAIR, 3), long, long, {"prompt": "long " * 60}])
+    _, found = problems_of(path, limit=sft.prompt_limit_of(job_of("tiny-qwen"), 100))
+    assert [(p["kind"], p["line"]) for p in found] == [("missing", 6), ("duplicate", 5), ("too_long", 4)]
+
+
 @pytest.mark.parametrize("max_length", [None, 5])
 def test_without_a_limit_the_context_is_one(max_length: int | None) -> None:
     job = job_of("tiny-qwen")

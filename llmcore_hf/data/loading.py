@@ -176,7 +176,7 @@ def _no_row(source: Source, name: str) -> str:
     for shard in source.shards:
         for raw in shard.rows():
             if raw.problem:
-                place = {"split": source.split, "file": shard.path, "row": raw.number, "line": raw.line}
+                place: dict[str, Any] = {"split": source.split, "file": shard.path, "row": raw.number, "line": raw.line}
                 return f"no row of {name} can be read: {Problem(**place, **asdict(raw.problem))}"
     return f"{name} has no rows: give a file with at least two"
 
