@@ -22,7 +22,7 @@ from data_files import (
     user,
     write_jsonl,
 )
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from llmcore_hf.alignment import dpo, sft, training
@@ -203,6 +203,13 @@ def test_a_prompt_without_room_for_an_answer_is_named(tmp_path: Path, name: str,
     assert not read(path, task, limit=LIMITS[task](job_of(name), 10**4)).report.total
 
 
+def test_a_row_with_another_problem_is_not_measured(tmp_path: Path) -> None:
+    long = ask("long " * 60)
+    path = write_jsonl(tmp_path / "rows.jsonl", [*good_rows(PAIR, 3), long, long, {"prompt": "long " * 60}])
+    _, found = problems_of(path, limit=sft.prompt_limit_of(job_of("tiny-qwen"), 100))
+    assert [(p["kind"], p["line"]) for p in found] == [("missing", 6), ("duplicate", 5), ("too_long", 4)]
+
+
 @pytest.mark.parametrize("max_length", [None, 5])
 def test_without_a_limit_the_context_is_one(max_length: int | None) -> None:
     job = job_of("tiny-qwen")
@@ -240,6 +247,7 @@ def test_the_cheap_bound_never_misses_a_long_prompt(
         row = {"prompt": prompt, "completion": [assistant(answer)], **({"tools": tools} if tools else {})}
     known = preparing._known_about(row)
     n_tokens = sft._encode(row, job_of(name)).n_prompt
+    assume(n_tokens > 0)  # prompt and answer may begin with one token that spans both
     limit = sft.prompt_limit_of(job_of(name), n_tokens)  # one token less would do
     assert limit is not None and limit.problem(row)
     size, n_turns = (np.array([known[column]]) for column in (preparing.PROMPT_BYTES, preparing.PROMPT_TURNS))

@@ -165,6 +165,7 @@ FOLDERS: dict[str, tuple[dict[str, str], list[str]]] = {
         ["split `test` has no rows", "test.csv"],
     ),
     "two kinds": ({"train.jsonl": "{lines}", "test.csv": "prompt,completion\nx,y\n"}, ["cannot be loaded", "csv", "json"]),
+    "nothing but broken lines": ({"train.jsonl": "{\n"}, ["no row of", "train.jsonl, line 1: ", "one JSON object"]),
     "a broken test": ({"train.jsonl": "{lines}", "test.jsonl": '{"prompt": 1}\n'}, ["test.jsonl, line 1", "`prompt`"]),
 }  # fmt: skip
 

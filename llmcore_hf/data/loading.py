@@ -173,10 +173,11 @@ def open_for_training(args: DataArguments) -> Opened:
 
 def _no_row(source: Source, name: str) -> str:
     """Why nothing could be read of a split: its first problem."""
-    for raw in source.rows():
-        if raw.problem:
-            of = Problem(**asdict(raw.problem), split=source.split, file=name, row=raw.number, line=raw.line)
-            return f"no row can be read. {of}"
+    for shard in source.shards:
+        for raw in shard.rows():
+            if raw.problem:
+                place: dict[str, Any] = {"split": source.split, "file": shard.path, "row": raw.number, "line": raw.line}
+                return f"no row of {name} can be read: {Problem(**place, **asdict(raw.problem))}"
     return f"{name} has no rows: give a file with at least two"
 
 
