@@ -311,3 +311,11 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     second = read(write_jsonl(path, changed))
     assert first.fingerprint != second.fingerprint
     assert {row["completion"] for row in second.train} == {"-"}
+
+
+def test_a_prompt_of_most_rows_is_not_set_aside_with_all_of_them(tmp_path: Path) -> None:
+    often = [{"prompt": "2 + 2 =", "completion": f"4, answer {i}"} for i in range(80)]
+    path = write_jsonl(tmp_path / "rows.jsonl", [*often, *ROWS])
+    for seed in range(5):
+        found = read(path, seed=seed)
+        assert (len(found.train), len(found.test)) == (90, 10)

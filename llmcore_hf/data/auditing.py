@@ -46,6 +46,10 @@ class Split:
         values = self.rows.data.column(name)
         return (values.is_null() if valid else values.fill_null(0)).to_numpy()
 
+    def select(self, indices: np.ndarray) -> Dataset:
+        """The rows of those numbers; all of them without an index in between, which would slow down every later read."""
+        return self.rows if len(indices) == len(self.rows) else self.rows.select(indices)
+
     def problem(self, index: Any, kind: str, field: str | None, text: str, remedy: str) -> Problem:
         """A problem at the place of row `index`, which is no longer good."""
         self.good[index] = False

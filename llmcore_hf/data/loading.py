@@ -140,7 +140,23 @@ def load(
             for name, source in opened.sources.items()
             if name in names.values()
         }
-    return _choose(args, opened, names, splits, seed, chooses_best, limit, bad_rows_file)
+    report = Report()
+    report.add(find_problems(splits, names["train"], opened.name, limit))
+    judge(report, opened.name, args.on_bad_rows, bad_rows_file)
+    if args.on_bad_rows == KEEP:
+        for split in splits.values():
+            split.good[:] = True
+    report.rows_dropped = sum(int((~split.good).sum()) for split in splits.values())
+    chosen = _choose_rows(args, names, splits, seed, chooses_best)
+    rows = {role: split.select(indices) for role, (split, indices) in chosen.items()}
+    return Splits(
+        **{role: selected.remove_columns(list(META)) for role, selected in rows.items()},
+        source=opened.name,
+        format=opened.format.name,
+        fingerprint=fingerprint({role: split.column(KEY)[indices] for role, (split, indices) in chosen.items()}),
+        report=report,
+        on_bad_rows=args.on_bad_rows,
+    )
 
 
 @dataclass
@@ -264,56 +280,31 @@ def judge(report: Report, source: str, policy: str, bad_rows_file: Path | None, 
         print(f"{text}\n{went_on}: --on_bad_rows {policy}.", file=sys.stderr)
 
 
-def _choose(
-    args: DataArguments,
-    opened: Opened,
-    names: dict[str, str],
-    splits: dict[str, Split],
-    seed: int,
-    chooses_best: bool,
-    limit: LengthLimit | None,
-    bad_rows_file: Path | None,
-) -> Splits:
-    """Judge the problems, then name the train, validation and test rows."""
-    report = Report()
-    report.add(find_problems(splits, names["train"], opened.name, limit))
-    judge(report, opened.name, args.on_bad_rows, bad_rows_file)
-    if args.on_bad_rows == KEEP:
-        for split in splits.values():
-            split.good[:] = True
-    report.rows_dropped = sum(int((~split.good).sum()) for split in splits.values())
-    rows = {name: np.flatnonzero(split.good) for name, split in splits.items()}
+def _choose_rows(
+    args: DataArguments, names: dict[str, str], splits: dict[str, Split], seed: int, chooses_best: bool
+) -> dict[str, tuple[Split, np.ndarray]]:
+    """Role -> a split and the numbers of its rows that play it; rows set aside are taken from the training rows.
 
-    taken = {role: (splits[name], rows[name]) for role, name in names.items()}
-    train, indices = taken["train"]
-    if "test" not in taken:
+    Raises:
+        UserError: no row is left for a role.
+    """
+    chosen = {role: (splits[name], np.flatnonzero(splits[name].good)) for role, name in names.items()}
+    train, indices = chosen["train"]
+    if "test" not in chosen:
         indices, aside = _set_aside(train, indices, args, seed)
-        taken["test"] = train, aside
-    if "validation" not in taken:
-        taken["validation"] = taken["test"]
+        chosen["test"] = train, aside
+    if "validation" not in chosen:
+        chosen["validation"] = chosen["test"]
         if chooses_best:
             indices, aside = _set_aside(train, indices, args, seed)
-            taken["validation"] = train, aside
-    taken["train"] = train, indices
+            chosen["validation"] = train, aside
+    chosen["train"] = train, indices
     limits = {"train": args.max_train_samples, "validation": args.max_eval_samples, "test": args.max_eval_samples}
-    taken = {role: (split, chosen[: limits[role]]) for role, (split, chosen) in taken.items()}
-    final = {role: _select(split, chosen) for role, (split, chosen) in taken.items()}
-    for role, chosen in final.items():
-        if not len(chosen):
-            raise UserError(f"{opened.name} has no usable row for the {role} split")
-    return Splits(
-        **{role: chosen.remove_columns(list(META)) for role, chosen in final.items()},
-        source=opened.name,
-        format=opened.format.name,
-        fingerprint=fingerprint({role: split.column(KEY)[chosen] for role, (split, chosen) in taken.items()}),
-        report=report,
-        on_bad_rows=args.on_bad_rows,
-    )
-
-
-def _select(split: Split, indices: np.ndarray) -> Dataset:
-    """The rows of those numbers; all of them without an index in between, which would slow down every later read."""
-    return split.rows if len(indices) == len(split.rows) else split.rows.select(indices)
+    chosen = {role: (split, numbers[: limits[role]]) for role, (split, numbers) in chosen.items()}
+    for role, (_, numbers) in chosen.items():
+        if not len(numbers):
+            raise UserError(f"{args.dataset_name} has no usable row for the {role} split")
+    return chosen
 
 
 def _set_aside(split: Split, indices: np.ndarray, args: DataArguments, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -325,10 +316,12 @@ def _set_aside(split: Split, indices: np.ndarray, args: DataArguments, seed: int
             "needed, one to hold out"
         )
     n = min(max(1, round(args.test_split_size * len(indices))), len(indices) - 1)
-    order = np.random.default_rng(seed).permutation(len(keys))
-    sizes = np.cumsum(np.bincount(group)[order])
-    n_groups = min(int(np.searchsorted(sizes, n)) + 1, len(keys) - 1)
-    aside = np.isin(group, order[:n_groups])
+    order, sizes = np.random.default_rng(seed).permutation(len(keys)), np.bincount(group)
+    fitting = order[sizes[order] <= n]  # a prompt of half the rows would take them all along
+    if not len(fitting):
+        fitting = np.array([sizes.argmin()])
+    n_groups = max(1, int(np.searchsorted(np.cumsum(sizes[fitting]), n, side="right")))
+    aside = np.isin(group, fitting[: min(n_groups, len(keys) - 1)])
     return indices[~aside], indices[aside]
 
 
