@@ -283,6 +283,8 @@ class Options:
             names = {f.name for f in dataclasses.fields(cls)}
             try:
                 yield cls(**{name: value for name, value in values.items() if name in names})
+            except ConfigError as error:
+                problems += error.problems
             except Exception as error:  # whatever a library's `__post_init__` raises, the options are to blame
                 problems.append(" ".join(str(error).split()))
 

@@ -23,6 +23,7 @@ PACKAGES = (
     "safetensors",
     "deepspeed",
     "bitsandbytes",
+    "gymnasium",
     "matplotlib",
 )
 

@@ -40,17 +40,16 @@ def print_module_help(module: Module) -> None:
 
 def groups(classes: tuple[type, ...]) -> dict[str, list[str]]:
     """Option names by group: one group per dataclass, a trainer's own options apart from the inherited ones."""
-    from transformers import TrainingArguments
-
-    inherited = {f.name for f in dataclasses.fields(TrainingArguments)}
     found: dict[str, list[str]] = {}
     for cls in classes:
-        is_trainer = issubclass(cls, TrainingArguments)
+        # by name, so that the help of a lesson does not import transformers
+        base = next((base for base in cls.__mro__ if base.__name__ == "TrainingArguments"), None)
+        inherited = {f.name for f in dataclasses.fields(base)} if base else set()
         for f in dataclasses.fields(cls):
             if not f.init:
                 continue
             title = cls.__name__
-            if is_trainer:
+            if base:
                 title = "TrainingArguments" if f.name in inherited else f"{cls.__name__} (method)"
             found.setdefault(title, []).append(f.name)
     # the method's own options first, the long list of training options last

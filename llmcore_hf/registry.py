@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 from importlib import import_module
-from types import ModuleType
+from typing import Any
 
 from llmcore_hf.errors import ConfigError
 
@@ -17,7 +17,8 @@ class Module:
     The code behind `code` offers four functions: `argument_classes()` gives the dataclasses of its options,
     `house_defaults(explicit)` the defaults that depend on the machine, `check(config)` names impossible combinations,
     and `run(config, run_dir)` does the work. One that trains on datasets also offers `as_trained(job, rows, max_length)`,
-    what its trainer makes of rows, and `prompt_limit_of(job, max_length)`, for `data inspect`.
+    what its trainer makes of rows, and `prompt_limit_of(job, max_length)`, for `data inspect`. Without `code` the module
+    is a lesson in a single file, `recipes/<name>/<name>.py` (`lesson`).
     """
 
     name: str
@@ -25,15 +26,27 @@ class Module:
     level: int
     title_zh: str
     title_en: str
-    code: str
+    code: str | None = None
     extra: str | None = None  # the optional dependency group it needs
     trains_on: str | None = None  # task of its datasets, as `data.formats` names them
 
-    def load(self) -> ModuleType:
-        return import_module(self.code)
+    def load(self) -> Any:
+        if self.code:
+            return import_module(self.code)
+        from llmcore_hf import lesson
+
+        return lesson.load(self.name)
 
 
 MODULES = (
+    Module("mdp", 1, 1, "MDP 与动态规划", "Markov decision processes and dynamic programming"),
+    Module("td_learning", 2, 1, "时序差分：TD 对比蒙特卡洛", "Temporal-difference learning against Monte Carlo"),
+    Module("advantage", 3, 2, "优势估计与方差缩减", "Advantage estimation and variance reduction"),
+    Module(
+        "policy_gradient", 3, 2, "策略梯度：REINFORCE 与基线", "Policy gradient: REINFORCE with and without a baseline"
+    ),
+    Module("gae", 4, 2, "广义优势估计 GAE", "Generalized advantage estimation"),
+    Module("actor_critic", 4, 2, "演员-评论家：A2C", "Actor-critic: A2C"),
     Module("sft", 5, 3, "SFT 入门：监督微调", "Supervised fine-tuning", "llmcore_hf.alignment.sft", trains_on="sft"),
     Module(
         "dpo",
@@ -44,6 +57,8 @@ MODULES = (
         "llmcore_hf.alignment.dpo",
         trains_on="preference",
     ),
+    Module("cql", 10, 4, "离线强化学习：保守 Q 学习 CQL", "Offline RL: conservative Q-learning"),
+    Module("bcq", 11, 4, "离线强化学习：批约束 Q 学习 BCQ", "Offline RL: batch-constrained Q-learning"),
 )
 
 

@@ -42,6 +42,9 @@ HIGHER_IS_BETTER = {
     "mean_token_accuracy": True,
     "rewards/accuracies": True,
     "rewards/margins": True,
+    "return": True,
+    "rms_error": False,
+    "bellman_residual": False,
 }
 
 

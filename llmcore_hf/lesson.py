@@ -1,0 +1,101 @@
+"""Lessons that are one file, `recipes/<name>/<name>.py`: how such a file becomes a module, and runs on its own.
+
+The file offers a docstring that explains the problem, `Args` (a subclass of `LessonArguments`) and `run(args, run_dir)`,
+and ends with `if __name__ == "__main__": lesson.main(__file__)`. Nothing here imports transformers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from llmcore_hf import distributed, resources
+from llmcore_hf.config import Config, RunArguments
+from llmcore_hf.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from llmcore_hf.run_dir import RunDirectory
+
+
+@dataclass
+class LessonArguments(RunArguments):
+    """Options every lesson has. A lesson's `Args` adds its own and overrides `problems`."""
+
+    seed: int = field(default=42, metadata={"help": "Seed of every random number."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where the run writes; output/<module>/<run_id> when not given."}
+    )
+
+    def __post_init__(self) -> None:
+        found = self.problems()
+        if not 0 <= self.seed < 2**32:
+            found.append(f"--seed {self.seed}: numpy takes 0 to {2**32 - 1}")
+        if found:
+            raise ConfigError(found)
+
+    def problems(self) -> list[str]:
+        """What is wrong with the options, one sentence each, naming the option and what it may be."""
+        return []
+
+
+class Lesson:
+    """A lesson's file, seen as the code of a module (`registry.Module`)."""
+
+    def __init__(self, file: ModuleType) -> None:
+        self.file = file
+        self.__doc__ = file.__doc__
+
+    def argument_classes(self) -> tuple[type, ...]:
+        return (self.file.Args,)
+
+    def house_defaults(self, explicit: dict[str, Any]) -> dict[str, Any]:
+        return {}
+
+    def check(self, config: Config) -> list[str]:
+        if distributed.world_size() > 1:
+            return [f"`{config.module}` runs in one process: start it with `python`, not with a launcher"]
+        return []
+
+    def run(self, config: Config, run_dir: RunDirectory) -> None:
+        self.file.run(config.part(self.file.Args), run_dir)
+
+
+def load(name: str) -> Lesson:
+    """The lesson in `recipes/<name>/<name>.py`, executed once per process."""
+    key = f"{__name__}.{name}"
+    if key not in sys.modules:
+        spec = importlib.util.spec_from_file_location(key, resources.path(f"recipes/{name}/{name}.py"))
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[key] = module  # dataclasses look their module up there
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[key]
+            raise
+    return Lesson(sys.modules[key])
+
+
+def main(file: str) -> None:
+    """`python recipes/mdp/mdp.py --toy` is `run.py --module mdp --toy`."""
+    from llmcore_hf import cli
+
+    sys.argv[1:1] = ["--module", Path(file).stem]
+    cli.entry_point()
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG; it is closed."""
+    from matplotlib import pyplot as plt
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    plt.close(figure)
+    return buffer.getvalue()
