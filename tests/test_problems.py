@@ -78,6 +78,34 @@ BAD_ROWS: list[tuple[str, Row, list[tuple[str, str | None, str]]]] = [
     (CHAT_PAIR, {"prompt": [user("q"), assistant("a")]}, [("order", "prompt", "`user`")]),
     (CHAT_PAIR, {"completion": [user("a")]}, [("order", "completion", "leave out the turns")]),
     (CHAT_PAIR, {"completion": [assistant("a"), user("q")]}, [("order", "completion", "remove the last one")]),
+    (CHAT_PAIR, {"completion": [assistant("a"), assistant("b")]}, [("order", "completion[1]", "merge the two turns")]),
+    (CHAT_PAIR, {"completion": [assistant("a"), system("s"), assistant("b")]}, [("order", "completion[1]", "first")]),
+    (CHAT_TRIPLE, {"chosen": [assistant("a"), assistant("b")]}, [("order", "chosen[1]", "merge the two turns")]),
+    (
+        CHAT_TRIPLE,
+        {"prompt": "other", **pair([user("q"), assistant("a")], [user("q"), assistant("b")])},
+        [("prompts", "prompt", "answer `q`")],
+    ),
+    (
+        TRIPLE,
+        {"score_chosen": "1", "score_rejected": "9.5"},
+        [("swapped", "chosen", "score_chosen 1 < score_rejected 9.5")],
+    ),
+    (
+        CHAT,
+        chat(user("q"), call(function={"name": "f", "arguments": "5"})),
+        [("type", "messages[1].tool_calls.arguments", "a number")],
+    ),
+    (
+        CHAT,
+        chat(user("q"), call(function={"name": "f", "arguments": {"x": [2**63]}})),
+        [("type", "messages[1].tool_calls.arguments", "64 bits")],
+    ),
+    (
+        CHAT,
+        chat(user("q"), call(function={"name": "f", "arguments": {"x": float("nan")}})),
+        [("type", "messages[1].tool_calls.arguments", "NaN")],
+    ),
     (
         CHAT_PAIR,
         {"prompt": None, "completion": [{"role": "bot", "content": ""}]},

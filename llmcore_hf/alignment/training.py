@@ -62,7 +62,7 @@ POSITIVE = (
     "lora_alpha",
 )
 # What a chat template raises that does not know what to do with a conversation.
-REFUSALS = (TemplateError, TypeError, ValueError, KeyError)
+REFUSALS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
 LORA_ONLY = ("lora_", "use_rslora", "use_dora")
 
 

@@ -8,6 +8,7 @@ type: language modeling, prompt-completion, preference, unpaired preference
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -285,10 +286,27 @@ def _tool_call(call: Any, field: str, found: Found) -> Any:
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
-            function = {**function, "arguments": json.loads(arguments)}
+            arguments = json.loads(arguments)
         except ValueError:
             found.add("json", f"{field}.arguments", "is not valid JSON", "write the arguments as a JSON object")
+            return call
+        function = {**function, "arguments": arguments}
+    if not isinstance(arguments, dict | None):
+        text = f"must be an object, but is {kind_of(arguments)}"
+        found.add("type", f"{field}.arguments", text, 'write {"name of the argument": its value}')
+    elif not _fits_json(arguments):
+        text = "holds NaN, infinity or an integer of more than 64 bits"
+        found.add("type", f"{field}.arguments", text, "write that number as text, in quotes")
     return {**call, "function": function} if "function" in call else {"type": "function", "function": function}
+
+
+def _fits_json(value: Any) -> bool:
+    """Whether Arrow can hold the value as JSON."""
+    if isinstance(value, dict):
+        return all(map(_fits_json, value.values()))
+    if isinstance(value, list):
+        return all(map(_fits_json, value))
+    return math.isfinite(value) if isinstance(value, float) else not isinstance(value, int) or abs(value) < 2**63
 
 
 def _show(value: Any) -> str:
@@ -332,9 +350,8 @@ def _with_system(row: Row, messages: Messages, found: Found) -> Messages:
     return [{"role": "system", "content": system}, *messages] if system else messages
 
 
-def _check_order(messages: Messages, field: str, found: Found) -> None:
-    """Report the first turn that may not stand where it stands."""
-    before: str | None = None
+def _check_order(messages: Messages, field: str, found: Found, before: str | None = None) -> None:
+    """Report the first turn that may not stand where it stands; `before` is the role of the turn before all of them."""
     for i, message in enumerate(messages):
         role = message["role"]
         if before not in MAY_FOLLOW[role]:
@@ -411,6 +428,8 @@ def _answer(messages: Messages, field: str, found: Found) -> Messages:
             f"begins with a turn of `{messages[0]['role']}`; after the prompt it holds the answer alone",
             "leave out the turns that `prompt` has already",
         )
+    if not found:
+        _check_order(messages, field, found, before="user")
     return messages if found else _ends_with(messages, ("assistant",), field, found)
 
 
@@ -485,7 +504,7 @@ def _from_preference(row: Row, found: Found) -> Row:
 
 def _from_chat_preference(row: Row, found: Found) -> Row:
     if not isinstance(row.get("prompt"), list):  # a plain copy of what chosen begins with
-        return _from_implicit_chat_preference(row, found)
+        return _same_prompt(row.get("prompt"), _from_implicit_chat_preference(row, found), found)
     prompt = _messages(row, "prompt", found)
     answers = _different({name: _messages(row, name, found) for name in ("chosen", "rejected")}, found)
     answers = {name: _answer(turns, name, found) for name, turns in answers.items()}
@@ -502,6 +521,19 @@ def _from_implicit_chat_preference(row: Row, found: Found) -> Row:
     for name in ("chosen", "rejected"):
         _conversation(answers[name], name, found)
     return answers if found else _split_prompt(answers, found)
+
+
+def _same_prompt(prompt: Any, split: Row, found: Found) -> Row:
+    """Report a plain prompt that is none of the turns which chosen and rejected begin with."""
+    turns = [turn.get("content") for turn in split.get("prompt", ())]
+    if not found and isinstance(prompt, str) and prompt.strip() and prompt.strip() not in map(_stripped, turns):
+        text = f"is {_show(prompt)}, but chosen and rejected answer {_show(turns[-1])}"
+        found.add("prompts", "prompt", text, "make it the prompt that both begin with, or leave the column out")
+    return split
+
+
+def _stripped(content: Any) -> Any:
+    return content.strip() if isinstance(content, str) else content
 
 
 def _split_prompt(answers: Row, found: Found) -> Row:
@@ -523,12 +555,20 @@ def _split_prompt(answers: Row, found: Found) -> Row:
 def _check_scores(row: Row, found: Found) -> None:
     """A pair whose rejected answer has the higher score is suspected to be swapped."""
     for chosen, rejected in SCORES:
-        high, low = row.get(chosen), row.get(rejected)
-        if isinstance(high, int | float) and isinstance(low, int | float) and high < low:
-            text = f"has the lower score ({chosen} {high} < {rejected} {low}): are chosen and rejected swapped?"
+        high, low = _number(row.get(chosen)), _number(row.get(rejected))
+        if high is not None and low is not None and high < low:
+            text = f"has the lower score ({chosen} {row[chosen]} < {rejected} {row[rejected]}): are chosen and rejected swapped?"
             found.add(
                 "swapped", "chosen", text, "exchange them (--columns chosen=rejected,rejected=chosen for all rows)"
             )
+
+
+def _number(value: Any) -> float | None:
+    """A number, or the number that a text holds, as in a .csv file."""
+    try:
+        return float(value) if isinstance(value, int | float | str) else None
+    except ValueError:
+        return None
 
 
 def _is_messages(value: Any) -> bool:

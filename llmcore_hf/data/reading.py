@@ -7,6 +7,7 @@ its place; `datasets` reads everything else. A .jsonl file is cut into shards at
 from __future__ import annotations
 
 import csv
+import glob
 import hashlib
 import json
 from collections.abc import Iterator
@@ -162,12 +163,15 @@ def _innermost(error: BaseException) -> str:
 def _from_folder(path: Path, config_name: str | None, streaming: bool) -> dict[str, Source]:
     from datasets import load_dataset, load_dataset_builder, load_from_disk
 
+    if glob.escape(str(path)) != str(path):
+        raise UserError(f"{path}: `datasets` takes a folder with [, * or ? in its name for a pattern: rename it")
     with _explaining(str(path)):
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             return _from_tables(load_from_disk(str(path)), str(path))
         builder = load_dataset_builder(str(path), name=config_name)
         if builder.name in TEXT_BUILDERS and builder.config.data_files:
             files = {str(split): [str(file) for file in found] for split, found in builder.config.data_files.items()}
+            _refuse_left_out(path, [file for found in files.values() for file in found])
             if all(Path(file).suffix in BUILDERS for found in files.values() for file in found):
                 return _from_files(builder.name, files, streaming)
         return _from_tables(load_dataset(str(path), name=config_name, streaming=streaming), str(path))
@@ -180,7 +184,8 @@ def _from_files(builder: str, files: dict[str, list[str]], streaming: bool) -> d
         (paths,) = files.values()
         _refuse_empty(paths)
         with _explaining(paths[0], f"is it a {Path(paths[0]).suffix} file, and whole?"):
-            return _from_tables(load_dataset(builder, data_files=paths, streaming=streaming), paths[0])
+            files_of = [glob.escape(file) for file in paths]  # `datasets` takes a name with [ or * for a pattern
+            return _from_tables(load_dataset(builder, data_files=files_of, streaming=streaming), paths[0])
     sources = {}
     for split, paths in files.items():
         _refuse_empty(paths)
@@ -193,6 +198,23 @@ def _from_files(builder: str, files: dict[str, list[str]], streaming: bool) -> d
         digest = hashlib.sha256("".join(digest for _, digest in scanned).encode()).hexdigest()
         sources[split] = Source(split, [shard for shards, _ in scanned for shard in shards], digest)
     return sources
+
+
+def _refuse_left_out(folder: Path, read: list[str]) -> None:
+    """`datasets` reads the most frequent kind of file in a folder and passes over the others without a word."""
+    known = {Path(file).resolve() for file in read}
+    beside = {file.parent for file in known}
+    left_out = [
+        file.name
+        for parent in sorted(beside)
+        for file in sorted(parent.iterdir())
+        if file.suffix in BUILDERS and file.resolve() not in known and file.name != "dataset_infos.json"
+    ]
+    if left_out:
+        raise UserError(
+            f"{folder} holds data files that would not be read beside {Path(read[0]).name}: {', '.join(left_out)}. Name one "
+            "file, or leave files of one kind in the folder, with names that begin with train, validation or test"
+        )
 
 
 def _refuse_empty(paths: list[str]) -> None:
@@ -268,8 +290,9 @@ def _kind_of_text(path: Path) -> tuple[str, int]:
     """
     with open(path, "rb") as file:
         head = file.read(BLOCK_BYTES)
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{path} is UTF-16 text: save the file as UTF-8")
+    for name, marks in (("UTF-32", (b"\xff\xfe\0\0", b"\0\0\xfe\xff")), ("UTF-16", (b"\xff\xfe", b"\xfe\xff"))):
+        if head.startswith(marks):
+            raise UserError(f"{path} is {name} text: save the file as UTF-8")
     if b"\0" in head:
         raise UserError(f"{path} is not a text file (it holds zero bytes): give a {', '.join(BUILDERS)} file")
     begin = len(BYTE_ORDER_MARK) if head.startswith(BYTE_ORDER_MARK) else 0
@@ -282,7 +305,8 @@ def _kind_of_text(path: Path) -> tuple[str, int]:
     if path.suffix == ".jsonl":  # a line that holds a list is a bad row; a file that is one list has the wrong suffix
         is_array = head.startswith(b"[") and not (rest.strip() and _is_json(first_line))
     else:
-        is_array = head.startswith(b"[") or not _is_json(first_line)
+        is_cut_off = not rest and len(head) + begin == BLOCK_BYTES  # one very long line, of which this is the beginning
+        is_array = head.startswith(b"[") or not (is_cut_off or _is_json(first_line))
     return "json" if is_array else "jsonl", begin
 
 
