@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
 
 import llmcore_hf
 from llmcore_hf import cli, environment, registry, resources
