@@ -384,3 +384,31 @@ def test_a_json_file_of_lines_may_begin_with_a_long_one(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text("".join(json.dumps({"text": "x" * n}) + "\n" for n in (reading.BLOCK_BYTES + 10, 3)))
     assert [len(raw.row["text"]) for raw in raw_rows(path) if raw.row] == [reading.BLOCK_BYTES + 10, 3]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_a_table_that_is_written_over_with_its_time_kept_is_read_anew(tmp_path: Path, suffix: str, in_folder) -> None:
+    """`cp -p`, rsync and archives keep time stamps, by which `datasets` alone would take the old rows for the new."""
+    import os
+
+    import pyarrow.ipc
+    from datasets import Dataset
+
+    def first_prompt_after_writing(text: str) -> str:
+        rows = Dataset.from_list([{"prompt": f"{text}{i}", "completion": "a"} for i in range(3)])
+        path = tmp_path / f"train.{suffix}"
+        if suffix == "parquet":
+            rows.to_parquet(path)
+        else:
+            with (
+                pyarrow.OSFile(str(path), "wb") as sink,
+                pyarrow.ipc.new_stream(sink, rows.data.table.schema) as writer,
+            ):
+                writer.write_table(rows.data.table)
+        os.utime(path, (1e9, 1e9))
+        splits = read(tmp_path if in_folder else path)
+        return min([*splits.train["prompt"], *splits.test["prompt"]])
+
+    assert first_prompt_after_writing("old") == "old0"
+    assert first_prompt_after_writing("new") == "new0"

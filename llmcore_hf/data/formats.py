@@ -48,6 +48,8 @@ SCORES = (
 OPTIONAL_COLUMNS = ("input", "system", "history")  # read when they are there
 CARRIED_COLUMNS = ("tools", "image", "images")  # handed on as they are
 TEXT, MESSAGES, LABEL = "text", "messages", "label"
+# Columns that hold the prompt under another name than a format with an implicit prompt could know.
+PROMPT_LIKE = ("question", "query", "instruction", "input", "problem", "conversations", "messages")
 SHOWN_CHARS = 40  # of a wrong value in a message
 
 
@@ -119,6 +121,16 @@ class Format:
         return found
 
 
+def _refuse_unread_prompt(fmt: Format, columns: Sequence[str], where: str) -> None:
+    """Answers are split into prompt and answer only where no column holds the prompt."""
+    unread = [name for name in PROMPT_LIKE if name in columns and name not in fmt.columns]
+    if "prompt" in fmt.outputs and not {"prompt", "conversations", "instruction"} & set(fmt.columns) and unread:
+        raise UserError(
+            f"{where}: is `{unread[0]}` the prompt of `chosen` and `rejected`? Map it with --columns prompt={unread[0]}, or "
+            f"remove the column: then what both answers begin with is taken for the prompt"
+        )
+
+
 def known_columns() -> set[str]:
     """Every column name that some format reads."""
     return {column for fmt in FORMATS for column in fmt.columns} | {*OPTIONAL_COLUMNS, *CARRIED_COLUMNS}
@@ -134,6 +146,7 @@ def detect(columns: Sequence[str], rows: Sequence[Row], where: str) -> Format:
         if set(fmt.columns) <= set(columns):
             complete = [row for row in rows if all(row.get(column) is not None for column in fmt.columns)]
             if 2 * sum(map(fmt.accepts, complete)) >= len(complete):  # most of them: a few may be broken
+                _refuse_unread_prompt(fmt, columns, where)
                 return fmt
     known = "\n".join(f"    {f.task:<20} {f.name:<48} {', '.join(f.columns)}" for f in FORMATS)
     raise UserError(
@@ -254,7 +267,10 @@ def _message(message: Any, field: str, found: Found) -> dict[str, Any]:
         return {}
     _check_content(message, field, found)
     cleaned = {key: value for key, value in message.items() if value is not None}
-    if cleaned.get("tool_calls"):
+    if cleaned.get("tool_calls") and role != "assistant":
+        text = f"stands in a turn of `{role}`"
+        found.add("role", f"{field}.tool_calls", text, "move it to a turn of the assistant, or remove it")
+    elif cleaned.get("tool_calls"):
         cleaned["tool_calls"] = [_tool_call(c, f"{field}.tool_calls", found) for c in _as_list(cleaned["tool_calls"])]
     return cleaned
 
@@ -280,7 +296,7 @@ def _check_content(message: Row, field: str, found: Found) -> None:
 def _tool_call(call: Any, field: str, found: Found) -> Any:
     """A tool call whose arguments are an object: chat templates write them as JSON themselves."""
     function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
         found.add("type", field, "holds a call without a function name", 'write {"function": {"name": ..., ...}}')
         return call
     arguments = function.get("arguments")

@@ -128,7 +128,8 @@ def open_dataset(name: str, config_name: str | None = None, streaming: bool = Fa
     if path.is_file():
         if path.suffix not in BUILDERS:
             raise UserError(f"{name}: files of type `{path.suffix}` are not read; use {', '.join(BUILDERS)}")
-        return _from_files(BUILDERS[path.suffix], {"train": [str(path)]}, streaming)
+        with _explaining(name):
+            return _from_files(BUILDERS[path.suffix], {"train": [str(path)]}, streaming)
     if path.is_dir():
         return _from_folder(path, config_name, streaming)
     if looks_like_path(name):
@@ -169,23 +170,17 @@ def _from_folder(path: Path, config_name: str | None, streaming: bool) -> dict[s
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             return _from_tables(load_from_disk(str(path)), str(path))
         builder = load_dataset_builder(str(path), name=config_name)
-        if builder.name in TEXT_BUILDERS and builder.config.data_files:
-            files = {str(split): [str(file) for file in found] for split, found in builder.config.data_files.items()}
-            _refuse_left_out(path, [file for found in files.values() for file in found])
-            if all(Path(file).suffix in BUILDERS for found in files.values() for file in found):
-                return _from_files(builder.name, files, streaming)
+        found = builder.config.data_files or {}
+        files = {str(split): [str(file) for file in paths] for split, paths in found.items()}
+        if builder.name in BUILDERS.values() and all(Path(f).suffix in BUILDERS for fs in files.values() for f in fs):
+            _refuse_left_out(path, [file for paths in files.values() for file in paths])
+            return _from_files(builder.name, files, streaming)
         return _from_tables(load_dataset(str(path), name=config_name, streaming=streaming), str(path))
 
 
 def _from_files(builder: str, files: dict[str, list[str]], streaming: bool) -> dict[str, Source]:
     if builder not in TEXT_BUILDERS:
-        from datasets import load_dataset
-
-        (paths,) = files.values()
-        _refuse_empty(paths)
-        with _explaining(paths[0], f"is it a {Path(paths[0]).suffix} file, and whole?"):
-            files_of = [glob.escape(file) for file in paths]  # `datasets` takes a name with [ or * for a pattern
-            return _from_tables(load_dataset(builder, data_files=files_of, streaming=streaming), paths[0])
+        return _from_table_files(builder, files, streaming)
     sources = {}
     for split, paths in files.items():
         _refuse_empty(paths)
@@ -198,6 +193,25 @@ def _from_files(builder: str, files: dict[str, list[str]], streaming: bool) -> d
         digest = hashlib.sha256("".join(digest for _, digest in scanned).encode()).hexdigest()
         sources[split] = Source(split, [shard for shards, _ in scanned for shard in shards], digest)
     return sources
+
+
+def _from_table_files(builder: str, files: dict[str, list[str]], streaming: bool) -> dict[str, Source]:
+    """Parquet and Arrow files. `datasets` caches them by time stamp; under a name made of the content it must read anew."""
+    from datasets import load_dataset
+
+    paths = [path for found in files.values() for path in found]
+    _refuse_empty(paths)
+    digest = None if streaming else hashlib.sha256("".join(map(_digest_of, paths)).encode()).hexdigest()
+    # `datasets` takes a name with [ or * for a pattern
+    escaped = {split: [glob.escape(path) for path in found] for split, found in files.items()}
+    with _explaining(paths[0], f"is it a {Path(paths[0]).suffix} file, and whole?"):
+        loaded = load_dataset(builder, name=digest and digest[:32], data_files=escaped, streaming=streaming)
+        return _from_tables(loaded, paths[0] if len(paths) == 1 else str(Path(paths[0]).parent), digest)
+
+
+def _digest_of(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _refuse_left_out(folder: Path, read: list[str]) -> None:
@@ -223,7 +237,8 @@ def _refuse_empty(paths: list[str]) -> None:
             raise UserError(f"{path} is empty: give a file with at least two rows")
 
 
-def _from_tables(loaded: Any, name: str) -> dict[str, Source]:
+def _from_tables(loaded: Any, name: str, content: str | None = None) -> dict[str, Source]:
+    """Sources of what `datasets` has loaded; `content` is a hash of the files, where there are files."""
     from datasets import Dataset, IterableDataset
 
     splits = {"train": loaded} if isinstance(loaded, Dataset | IterableDataset) else dict(loaded)
@@ -232,7 +247,7 @@ def _from_tables(loaded: Any, name: str) -> dict[str, Source]:
         for column, feature in (rows.features or {}).items():
             if (encoded := image_feature(feature, decode=False)) is not None:
                 rows = rows.cast_column(column, encoded)  # decoding and encoding again would change the bytes
-        digest = rows._fingerprint if isinstance(rows, Dataset) else None
+        digest = (content and f"{content} {split}") or (rows._fingerprint if isinstance(rows, Dataset) else None)
         place = name if len(splits) == 1 else f"{name} ({split})"
         sources[str(split)] = Source(str(split), _table_shards(rows, place), digest, rows.features)
     return sources
@@ -441,7 +456,7 @@ def _csv_rows(shard: TextShard) -> Iterator[RawRow]:
                 return
             except csv.Error as error:
                 last = f" up to line {reader.line_num}" if reader.line_num > line else ""
-                kind = "unreadable" if "end of data" in str(error) else "csv"  # a quote that nothing closes
+                kind = "unreadable" if last else "csv"  # an open quote has swallowed lines: how many rows, nobody knows
                 text = f"is not valid CSV{last}: {error}"
                 yield RawRow(number, line, None, FieldProblem(kind, None, text, "mend the quotes"))
                 number += 1
