@@ -1,4 +1,4 @@
-"""What does checking every row cost? A million rows, prepared for training both ways: `make bench-data`.
+"""What does checking every row cost? A million rows, prepared for training both ways: `make bench`.
 
 The same file is made ready for TRL's SFTTrainer by this project (read, validated, converted, held-out rows set aside)
 and by plain `load_dataset`. Measured are rows per second until the trainer stands, the peak memory of the process, and

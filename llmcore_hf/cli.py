@@ -6,6 +6,7 @@ Nothing heavy is imported before it is needed: `--list`, `--help` and a wrong mo
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
@@ -31,7 +32,6 @@ def entry_point() -> None:
     """The console script `llmcore`, `run.py` and `python -m llmcore_hf`."""
     try:
         code = main(sys.argv[1:])
-        sys.stdout.flush()
     except BrokenPipeError:  # the reader (`| head`) has left; nothing more can be said to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
@@ -41,12 +41,21 @@ def entry_point() -> None:
 def main(argv: list[str]) -> int:
     """Run one command and return the exit code; errors a user can mend are printed without a traceback."""
     try:
-        return _dispatch(argv)
+        code = _dispatch(argv)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         _print_error(str(error))
         return error.exit_code
     except ImportError as error:
         _print_error(f"{error}. Install what this project needs: pip install -c constraints.txt -e .")
+        return 1
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # no space, no permission: a run tells its own in its summary, this is all the others
+        _print_error(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+        if error.errno == errno.ENOSPC:  # Python would try to write the rest once more, and complain, when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         _print_error("interrupted")

@@ -46,6 +46,7 @@ RENAMED = {
 NOT_REPEATED = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")
 SECRETS = ("hub_token",)
 REQUEST_OPTIONS = ("module", "config", "toy")
+EXPLICIT = "explicit"  # key of `resolved_config.yaml`: the options that anything but a default decided
 COMMAND_LINE, DEFAULTS, HOUSE = "command line", "defaults", "defaults for this machine"
 
 
@@ -98,6 +99,8 @@ class Config:
         lines = [
             "# Every option of this run. To repeat it in a new directory, pass this file to --config.",
             _to_yaml({"module": self.module, "toy": self.toy}),
+            "# Those that were chosen; the others were left at their defaults.",
+            _to_yaml({EXPLICIT: [n for n in self.values if self.is_set(n) and n not in NOT_REPEATED + SECRETS]}),
         ]
         files = [source for source in self.sources.values() if source not in (COMMAND_LINE, HOUSE, DEFAULTS)]
         for source in dict.fromkeys([COMMAND_LINE, *files, HOUSE, DEFAULTS]):
@@ -183,7 +186,7 @@ def resolve(module: Module, request: Request) -> Config:
         recipe = f"recipes/{module.name}/toy.yaml"
         layers.append((recipe, options.from_yaml(resources.path(recipe), recipe, problems)))
     if request.config:
-        layers.append((request.config, options.from_yaml(Path(request.config), request.config, problems)))
+        layers += options.from_config_file(request.config, problems)
     layers.append((COMMAND_LINE, options.from_command_line(request.options, problems)))
 
     explicit = {name: value for _, layer in layers for name, value in layer.items()}
@@ -196,6 +199,8 @@ def resolve(module: Module, request: Request) -> Config:
         sources |= dict.fromkeys(layer, source)
     config = Config(module.name, request.toy, values, sources, parts=())
     problems += code.check(config)
+    if values.get("resume_from_checkpoint") == "":
+        problems.append("--resume_from_checkpoint is empty: give `last`, or the path of a checkpoint")
     if values.get("resume_from_checkpoint") and values.get("overwrite_output_dir"):
         problems.append("--overwrite_output_dir would delete what --resume_from_checkpoint continues: give one of them")
     config.parts = tuple(options.build({**house, **explicit}, problems))
@@ -246,7 +251,7 @@ class Options:
             return {}
         values: dict[str, Any] = {}
         for name, value in document.items():
-            if name in ("module", "toy"):
+            if name in ("module", "toy", EXPLICIT):
                 continue
             if name == "env":
                 problems.append(f"{shown}: an `env:` block is not accepted: set environment variables in the shell")
@@ -255,6 +260,19 @@ class Options:
             else:
                 self._read_yaml(name, value, shown, values, problems)
         return values
+
+    def from_config_file(self, name: str, problems: list[str]) -> list[tuple[str, dict[str, Any]]]:
+        """The layers of a `--config` file. A resolved config says which of its values were left at their defaults."""
+        values = self.from_yaml(Path(name), name, problems)
+        try:
+            explicit = read_yaml(Path(name)).get(EXPLICIT, list(values))
+        except ConfigError:  # `from_yaml` has told it
+            return []
+        if not isinstance(explicit, list):
+            problems.append(f"{name}: `{EXPLICIT}` is a list of options, not {explicit!r}")
+            return []
+        chosen = {option: value for option, value in values.items() if option in explicit}
+        return [(DEFAULTS, {n: value for n, value in values.items() if n not in chosen}), (name, chosen)]
 
     def _read_yaml(self, name: str, value: Any, shown: str, values: dict[str, Any], problems: list[str]) -> None:
         """Read one value of a YAML file: check its kind here, and let the parser check what a text can say."""

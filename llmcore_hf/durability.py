@@ -243,7 +243,9 @@ def storage_trouble(error: BaseException, run_dir: Path) -> str | None:
     while current is not None and id(current) not in seen:
         seen.add(id(current))
         if trouble := _trouble_of(current, run_dir):
-            return f"{trouble} ({_free(run_dir)} free in {run_dir})"
+            file = getattr(current, "filename", None)  # it may be in a cache, on another disk than the run
+            place = Path(file).absolute().parent if isinstance(file, str) and not _is_below(file, run_dir) else run_dir
+            return f"{trouble} ({_free(place)} free in {place})"
         current = current.__cause__ or current.__context__
     return None
 

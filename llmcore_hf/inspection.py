@@ -27,6 +27,7 @@ usage: {prog} data inspect FILE [options]
 FILE is what --dataset_name takes: a file, a folder, a hub id, a toy dataset. Exit code 1 when there are problems.
 
 """
+NONE = "No problems found."
 N_MEASURED = 1000  # rows whose lengths are measured, spread evenly over the dataset
 
 
@@ -124,10 +125,16 @@ def inspect(name: str, args: InspectArguments) -> int:
 
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
     _print_facts(console, opened, splits, module)
+    refused: UserError | None = None
     if module:
-        _print_rows(console, splits[args.dataset_train_split], module, job, args)
+        try:
+            _print_rows(console, splits[args.dataset_train_split], module, job, args)
+        except UserError as error:  # told last, because the problems below may be the reason
+            refused = error
     print()
-    print(report.describe(name) if report.total else "No problems found.")
+    print(report.describe(name) if report.total else "No problems found in the rows themselves." if refused else NONE)
+    if refused:
+        raise refused
     return 1 if report.total else 0
 
 
@@ -143,6 +150,7 @@ def _print_facts(console: Any, opened: Opened, splits: dict[str, Split], module:
         "dataset": opened.name,
         "format": f"{fmt.name}: {formats.why(fmt)}",
         "columns": f"{', '.join(next(iter(opened.sources.values())).columns)} -> {outputs}",
+        "unused": ", ".join(sorted(set(next(iter(opened.sources.values())).columns) - _used(opened))),
         "mapped": ", ".join(f"{target} from {origin}" for target, origin in opened.columns.items()),
         "for": f"--module {module.name}" if module else "no module of this version",
         "rows": counts,
@@ -150,6 +158,20 @@ def _print_facts(console: Any, opened: Opened, splits: dict[str, Split], module:
     for key, value in facts.items():
         if value:
             console.print(f"{key:<9} {value}", markup=False)
+
+
+def _used(opened: Opened) -> set[str]:
+    """Columns of the file that the format reads."""
+    from llmcore_hf.data import formats
+
+    fmt = opened.format
+    read = {
+        *fmt.columns,
+        *formats.OPTIONAL_COLUMNS,
+        *formats.CARRIED_COLUMNS,
+        *(name for pair in formats.SCORES for name in pair),
+    }
+    return {opened.columns.get(name, name) for name in read}
 
 
 def _print_rows(console: Any, split: Split, module: Module, job: Job, args: InspectArguments) -> None:
@@ -184,7 +206,7 @@ def _as_trained(module: Module, job: Job, rows: Dataset, max_length: int) -> lis
         seen: list[list[SeenRow]] = module.load().as_trained(job, rows, max_length)
     except REFUSALS as error:
         raise UserError(
-            f"the tokenizer of {job.name} cannot write these rows: {' '.join(str(error).split())}. Name the model that "
+            f"the tokenizer of {job.name} cannot write these rows: {' '.join(str(error).split()).rstrip('.')}. Name the model that "
             "they are for with --model_name_or_path"
         ) from error
     return seen
@@ -214,9 +236,14 @@ def _coloured(row: SeenRow, job: Job, coloured: bool) -> Text:
 
     text = Text()
     for carries_loss, ids in row.stretches():
-        piece = job.tokenizer.decode(ids)
+        piece = _printable(job.tokenizer.decode(ids))
         if coloured:
             text.append(piece, style="black on green" if carries_loss else "dim")
         else:
             text.append(f"[[{piece}]]" if carries_loss else piece)
     return text
+
+
+def _printable(text: str) -> str:
+    """The text with every character that would steer a terminal made visible."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)

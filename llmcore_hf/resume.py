@@ -11,7 +11,7 @@ from typing import Any
 
 from llmcore_hf import distributed
 from llmcore_hf.config import NOT_REPEATED, Config, plain, read_yaml
-from llmcore_hf.durability import incompleteness, last_complete, read_marker
+from llmcore_hf.durability import checkpoints, incompleteness, last_complete, read_marker
 from llmcore_hf.errors import ConfigError
 
 LAST = ("last", "true")  # values of --resume_from_checkpoint that mean the newest one
@@ -19,7 +19,8 @@ LAST = ("last", "true")  # values of --resume_from_checkpoint that mean the newe
 # evaluation draws from the random numbers that dropout and shuffling use.
 NO_EFFECT: tuple[str, ...] = (
     *("logging_", "log_", "save_", "hub_", "push_to_hub", "report_to", "run_name", "project", "trackio_"),
-    *("disable_tqdm", "dataloader_", "max_generation_samples", "max_new_tokens", "per_device_eval_batch_size"),
+    *("disable_tqdm", "max_generation_samples", "max_new_tokens", "per_device_eval_batch_size"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
 )
 CONSTANT = ("constant", "constant_with_warmup")  # schedules that do not depend on the number of steps
 
@@ -41,6 +42,11 @@ def find(run_dir: Path, resume: str) -> Path:
         if reason is None:
             return named
         problem = f"it cannot be resumed: {reason}" if reason else ""
+        if named.is_dir() and checkpoints(named):
+            problem = (
+                f"that is the directory of a run, not a checkpoint: --output_dir {named} --resume_from_checkpoint last"
+            )
+            raise ConfigError([f"--resume_from_checkpoint {resume}: {problem} goes on with it"])
     problem = problem or f"there is no such checkpoint (looked in {run_dir})"
     way_out = f"; the newest complete one is {newest}" if newest else "; there is no complete one: start again"
     raise ConfigError([f"--resume_from_checkpoint {resume}: {problem}{way_out}"])

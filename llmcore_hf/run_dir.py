@@ -105,15 +105,15 @@ class RunDirectory:
             with open(self.path / "log_history.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
 
-    def rewind(self, step: int) -> None:
-        """Take up the history of the run that is resumed, up to `step`; what came after is trained again.
+    def rewind(self, step: int, former: Path) -> None:
+        """Take up the history of the run in `former`, up to `step`; what came after is trained again.
 
         A former end (`train_runtime`) is no longer the end, and a last line that a kill cut short is left out.
 
         Raises:
             UserError: another line of `log_history.jsonl` cannot be read.
         """
-        file = self.path / "log_history.jsonl"
+        file = former / "log_history.jsonl"
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
         rows = [row for i, line in enumerate(lines) if (row := _read_row(line, file, i + 1, len(lines))) is not None]
         self.history = [row for row in rows if row["step"] <= step and "train_runtime" not in row]

@@ -429,3 +429,12 @@ def test_the_entry_point_ends_the_process_with_the_exit_code(monkeypatch: pytest
     with pytest.raises(SystemExit) as caught:
         cli.entry_point()
     assert caught.value.code == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("command", ["--list", "--version"])
+def test_output_that_cannot_be_written_is_one_message(command: str) -> None:
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([sys.executable, str(ROOT / "run.py"), command], stdout=full, stderr=subprocess.PIPE)
+    assert result.returncode == 1
+    assert result.stderr.decode() == "python run.py: No space left on device\n"

@@ -585,7 +585,24 @@ def test_every_option_stands_in_the_resolved_config_but_places_and_secrets(lesso
     )
     document = yaml.safe_load(resolved.to_yaml())
     left_out = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "hub_token"}
-    assert set(document) == {"module", "toy", *resolved.values} - left_out
+    assert set(document) == {"module", "toy", "explicit", *resolved.values} - left_out
+
+
+def test_a_repeated_run_knows_what_was_chosen_and_what_was_left_at_its_default(lesson: Module) -> None:
+    """A default that somebody chose is a decision, and one that nobody chose is none, in a repeated run as well."""
+    first = resolve("--module", "fake", "--toy", "--bf16", "false", "--output_dir", "out")
+    second = repeat(first)
+    third = repeat(second, "--seed", "42")
+    for resolved in (second, third):
+        assert {n for n in resolved.values if resolved.is_set(n)} - {"output_dir", "seed"} == {
+            *("max_steps", "run_name"),  # of the recipe
+            "bf16",
+        }
+    assert third.is_set("seed") and not second.is_set("seed")
+
+
+def test_what_was_chosen_is_a_list(lesson: Module) -> None:
+    assert "`explicit` is a list" in problems_of("--config", write("r.yaml", "module: fake\nexplicit: 3\n"))[0]
 
 
 @pytest.mark.parametrize("how", ["line", "file"])

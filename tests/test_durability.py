@@ -216,15 +216,27 @@ def test_a_torn_last_line_and_a_former_end_are_left_out(tmp_path: Path) -> None:
     rows = [{"step": 1, "loss": 3.0}, {"step": 2, "train_runtime": 1.0}, {"step": 2, "loss": 2.0}, {"step": 3}]
     (tmp_path / "log_history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 2, "lo')
     run = bare_run(tmp_path)
-    run.rewind(2)
+    run.rewind(2, tmp_path)
     assert run.history == [rows[0], rows[2]]
     assert [json.loads(line) for line in (tmp_path / "log_history.jsonl").read_text().splitlines()] == run.history
+
+
+def test_a_run_that_goes_on_in_another_directory_takes_the_history_along(tmp_path: Path) -> None:
+    former, new = tmp_path / "former", tmp_path / "new"
+    former.mkdir()
+    new.mkdir()
+    run = bare_run(new)
+    (former / "log_history.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n')
+    run.rewind(1, former)
+    assert run.history == [{"step": 1, "loss": 3.0}]
+    assert (run.path / "log_history.jsonl").read_text() == '{"step": 1, "loss": 3.0}\n'
+    assert len((former / "log_history.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
     (tmp_path / "log_history.jsonl").write_text('{"step": 1}\n{"step"\n{"step": 2}\n')
     with pytest.raises(UserError, match="line 2 is not a row"):
-        bare_run(tmp_path).rewind(2)
+        bare_run(tmp_path).rewind(2, tmp_path)
 
 
 # ---------------------------------------------------------------- stopping
@@ -382,7 +394,9 @@ def test_a_disk_is_recognised_in_the_errors_of_the_system_and_of_the_libraries(t
         wrapped = UserError("cannot go on")
         wrapped.__cause__ = error
         assert text in str(storage_trouble(wrapped, tmp_path))
-    assert "MB free in" in str(storage_trouble(os_error(errno.ENOSPC), tmp_path))
+    assert f"MB free in {tmp_path}" in str(storage_trouble(os_error(errno.ENOSPC), tmp_path))
+    in_a_cache = os_error(errno.ENOSPC, tmp_path.parent / "file")  # which may lie on another disk
+    assert f"MB free in {tmp_path.parent})" in str(storage_trouble(in_a_cache, tmp_path))
 
 
 def test_other_errors_are_not_the_disks(tmp_path: Path) -> None:

@@ -175,3 +175,24 @@ def test_the_script_does_the_same(tmp_path: Path) -> None:
     assert result.returncode == 1, result.stderr
     assert "line 4: `completion` is missing" in result.stdout and "[[a0<|im_end|>]]" in result.stdout
     assert "Traceback" not in result.stderr and "\x1b" not in result.stdout
+
+
+def test_columns_that_nothing_reads_are_named(tmp_path: Path, inspect: Any) -> None:
+    rows = [{"prompt": f"q{i}", "completion": "a", "source": "x", "system": ""} for i in range(3)]
+    _, out, _ = inspect(write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert re.search(r"^unused +source$", out, re.MULTILINE), out
+
+
+def test_what_would_steer_a_terminal_is_shown_as_text(tmp_path: Path, inspect: Any) -> None:
+    rows = [{"text": f"\x1b[31mred\x07 {i}\n数据"} for i in range(3)]
+    _, out, _ = inspect(write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert "\\x1b[31mred\\x07 0\n数据" in out and "\x1b" not in out
+
+
+def test_problems_are_told_also_when_the_template_refuses_a_row(tmp_path: Path, inspect: Any) -> None:
+    part = {"role": "user", "content": [{"type": "text", "text": "q"}]}  # parts are for vision models
+    rows = [{"messages": [part, assistant("a")]}, {"messages": [user("q")]}]
+    code, out, err = inspect(write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert code == 1
+    assert "1 problem in" in out and "must end with a turn" in out
+    assert "cannot write these rows" in err and "Traceback" not in err

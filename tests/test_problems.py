@@ -79,6 +79,44 @@ BAD_ROWS: list[tuple[str, Row, list[tuple[str, str | None, str]]]] = [
     (CHAT_PAIR, {"completion": [user("a")]}, [("order", "completion", "leave out the turns")]),
     (CHAT_PAIR, {"completion": [assistant("a"), user("q")]}, [("order", "completion", "remove the last one")]),
     (
+        CHAT,
+        chat({**user("q"), "tool_calls": [{"name": "f"}]}, assistant("a")),
+        [("role", "messages[0].tool_calls", "assistant")],
+    ),
+    (
+        CHAT,
+        chat(user("q"), call(function={"name": " "})),
+        [("type", "messages[1].tool_calls", "without a function name")],
+    ),
+    (CHAT_PAIR, {"completion": [assistant("a"), assistant("b")]}, [("order", "completion[1]", "merge the two turns")]),
+    (CHAT_PAIR, {"completion": [assistant("a"), system("s"), assistant("b")]}, [("order", "completion[1]", "first")]),
+    (CHAT_TRIPLE, {"chosen": [assistant("a"), assistant("b")]}, [("order", "chosen[1]", "merge the two turns")]),
+    (
+        CHAT_TRIPLE,
+        {"prompt": "other", **pair([user("q"), assistant("a")], [user("q"), assistant("b")])},
+        [("prompts", "prompt", "answer `q`")],
+    ),
+    (
+        TRIPLE,
+        {"score_chosen": "1", "score_rejected": "9.5"},
+        [("swapped", "chosen", "score_chosen 1 < score_rejected 9.5")],
+    ),
+    (
+        CHAT,
+        chat(user("q"), call(function={"name": "f", "arguments": "5"})),
+        [("type", "messages[1].tool_calls.arguments", "a number")],
+    ),
+    (
+        CHAT,
+        chat(user("q"), call(function={"name": "f", "arguments": {"x": [2**63]}})),
+        [("type", "messages[1].tool_calls.arguments", "64 bits")],
+    ),
+    (
+        CHAT,
+        chat(user("q"), call(function={"name": "f", "arguments": {"x": float("nan")}})),
+        [("type", "messages[1].tool_calls.arguments", "NaN")],
+    ),
+    (
         CHAT_PAIR,
         {"prompt": None, "completion": [{"role": "bot", "content": ""}]},
         [("missing", "prompt", "list of messages"), ("role", "completion[0].role", "use one of")],
@@ -235,7 +273,7 @@ BAD_FILES: list[tuple[str, bytes, list[tuple[str, int | None, int, str | None, s
     ("empty.csv", HEADER + b"a,b\n,c\nd,\n", [("empty", 1, 3, "prompt", "fill"), ("empty", 2, 4, "completion", "fill")]),
     ("multi.csv", HEADER + b'"a\nb",c\n\nd,\n', [("empty", 1, 5, "completion", "fill")]),
     ("quote.csv", HEADER + b'a,b\n"c"x,d\ne,f\n', [("csv", 1, 3, None, "mend the quotes")]),
-    ("quotes.csv", HEADER + b'a,b\n"c\nd"x,e\nf,g\n', [("csv", 1, 3, None, "up to line 4")]),
+    ("quotes.csv", HEADER + b'a,b\n"c\nd"x,e\nf,g\n', [("unreadable", 1, 3, None, "up to line 4")]),
     ("open.csv", HEADER + b'a,b\n"c,d\ne,f\n', [("unreadable", 1, 3, None, "mend the quotes")]),
     ("gbk.csv", HEADER + b"a,b\n" + "排序,好\n".encode("gbk"), [("unreadable", None, 3, None, "iconv -f GB18030")]),
     ("messages.csv", b'messages\n"[]"\n"[]"\n', [("type", r, r + 2, "messages", ".jsonl file can") for r in (0, 1)]),
@@ -545,3 +583,22 @@ def test_a_json_array_may_hold_what_splits_lines_elsewhere(tmp_path: Path) -> No
         assert loaded_rows(read(path)) == converted_rows(PAIR, rows)
     write_jsonl(tmp_path / "rows.jsonl", [*rows, {"prompt": 3, "completion": "x"}])
     assert problems_of(tmp_path / "rows.jsonl")[1][0]["line"] == 4
+
+
+@pytest.mark.parametrize("column", ["question", "conversations"])
+def test_a_prompt_in_a_column_of_another_name_is_not_passed_over(tmp_path: Path, column: str) -> None:
+    rows = [{column: f"q{i}", "chosen": f"The answer is {i}", "rejected": f"The answer is not {i}"} for i in range(3)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert f"--columns prompt={column}" in refusal(path, "preference")
+    assert read(path, "preference", columns=f"prompt={column}").format == TRIPLE
+
+
+def test_the_split_that_is_trained_on_is_not_held_out(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", good_rows(PAIR, 4))
+    assert "hold out another one" in refusal(path, dataset_test_split="train")
+
+
+def test_an_open_quote_that_swallows_rows_is_not_one_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('prompt,completion\nq0,a\nq1,"a\nq2,b\nq3,"c" d\nq4,a\n')
+    assert "up to line 5" in refusal(path, on_bad_rows=DROP)

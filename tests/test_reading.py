@@ -349,3 +349,66 @@ def test_a_moved_file_is_named_where_it_is(tmp_path: Path) -> None:
 
 def test_every_format_has_a_good_row() -> None:
     assert set(GOOD) == set(FORMATS)
+
+
+def test_a_folder_with_files_of_two_kinds_is_refused(tmp_path: Path) -> None:
+    """`datasets` would read the more frequent kind and say nothing of the other."""
+    write_jsonl(tmp_path / "train.jsonl", good_rows("TRL prompt-completion", 3))
+    (tmp_path / "more.csv").write_text("prompt,completion\nq,a\n")
+    message = refusal(tmp_path)
+    assert "more.csv" in message and "Name one file" in message
+    (tmp_path / "more.csv").unlink()
+    (tmp_path / "dataset_infos.json").write_text("{}")  # what a clone of an old hub dataset holds besides
+    assert len(read(tmp_path).train) + len(read(tmp_path).test) == 3
+
+
+def test_a_name_that_looks_like_a_pattern_is_a_name(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    path = tmp_path / "[a]*b?.parquet"
+    Dataset.from_list(good_rows("TRL prompt-completion", 3)).to_parquet(path)
+    assert len(reading.open_dataset(str(path))["train"].sample) == 3
+    folder = tmp_path / "[a]"
+    folder.mkdir()
+    assert "rename it" in refusal(folder)
+
+
+@pytest.mark.parametrize(("encoding", "name"), [("utf-16", "UTF-16"), ("utf-32", "UTF-32")])
+def test_a_wide_encoding_is_named(tmp_path: Path, encoding: str, name: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}', encoding=encoding)
+    assert f"{name} text: save the file as UTF-8" in refusal(path)
+
+
+def test_a_json_file_of_lines_may_begin_with_a_long_one(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text("".join(json.dumps({"text": "x" * n}) + "\n" for n in (reading.BLOCK_BYTES + 10, 3)))
+    assert [len(raw.row["text"]) for raw in raw_rows(path) if raw.row] == [reading.BLOCK_BYTES + 10, 3]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_a_table_that_is_written_over_with_its_time_kept_is_read_anew(tmp_path: Path, suffix: str, in_folder) -> None:
+    """`cp -p`, rsync and archives keep time stamps, by which `datasets` alone would take the old rows for the new."""
+    import os
+
+    import pyarrow.ipc
+    from datasets import Dataset
+
+    def first_prompt_after_writing(text: str) -> str:
+        rows = Dataset.from_list([{"prompt": f"{text}{i}", "completion": "a"} for i in range(3)])
+        path = tmp_path / f"train.{suffix}"
+        if suffix == "parquet":
+            rows.to_parquet(path)
+        else:
+            with (
+                pyarrow.OSFile(str(path), "wb") as sink,
+                pyarrow.ipc.new_stream(sink, rows.data.table.schema) as writer,
+            ):
+                writer.write_table(rows.data.table)
+        os.utime(path, (1e9, 1e9))
+        splits = read(tmp_path if in_folder else path)
+        return min([*splits.train["prompt"], *splits.test["prompt"]])
+
+    assert first_prompt_after_writing("old") == "old0"
+    assert first_prompt_after_writing("new") == "new0"

@@ -249,6 +249,48 @@ def test_other_data_are_refused_and_other_options_are_told(whole, capsys) -> Non
 
 
 @slow
+def test_an_sft_run_on_conversations_goes_on_with_the_command_it_names() -> None:
+    """What the run decided by itself (loss on answers alone, prompts that are too long) is decided again, not as chosen."""
+    turns = [
+        [
+            {"role": "user", "content": "word " * (200 if i == 3 else 1) + str(i)},
+            {"role": "assistant", "content": str(i)},
+        ]
+        for i in range(40)
+    ]
+    Path("rows.jsonl").write_text("".join(json.dumps({"messages": pair}) + "\n" for pair in turns))
+    options = ("--max_steps", "4", "--max_length", "64", "--on_bad_rows", "drop", "--save_steps", "2", *FEW[4:])
+    code, first = run_here(
+        *("--module", "sft", "--model_name_or_path", "tiny-qwen", "--dataset_name", "rows.jsonl", *options)
+    )
+    assert code == 0 and first["data"]["problems"] == {"too_long": 1}
+    goes_on = ("--config", "run/resolved_config.yaml", "--resume_from_checkpoint", "run/checkpoint-2")
+    code, second = run_here(*goes_on)
+    assert code == 0 and second["data"] == first["data"]
+    statuses = [[(check["id"], check["status"]) for check in summary["checks"]] for summary in (first, second)]
+    assert statuses[0] == statuses[1]
+
+
+@slow
+def test_a_damaged_checkpoint_is_named(whole) -> None:
+    command = ("--module", "sft", *SHORT, *SAVES)
+    shutil.copytree(whole(*command), "run")
+    optimizer = Path("run/checkpoint-10/optimizer.pt")
+    optimizer.write_bytes(b"\0" * optimizer.stat().st_size)
+    code, summary = run_here(*command, "--resume_from_checkpoint", "run/checkpoint-10")
+    assert code == 1 and "run/checkpoint-10 cannot be loaded" in summary["error"]
+    assert "Go on from an earlier one" in summary["error"]
+
+
+def test_a_run_directory_is_no_checkpoint(capsys) -> None:
+    Path("run/checkpoint-2").mkdir(parents=True)
+    assert cli.main(["--module", "sft", "--toy", "--resume_from_checkpoint", "run"]) == 2
+    assert "--output_dir run --resume_from_checkpoint last" in capsys.readouterr().err
+    assert cli.main(["--module", "sft", "--toy", "--resume_from_checkpoint", ""]) == 2
+    assert "--resume_from_checkpoint is empty" in capsys.readouterr().err
+
+
+@slow
 def test_checkpoints_of_weights_alone_are_not_resumed(monkeypatch, capsys) -> None:
     command = ("--module", "sft", *SHORT, *SAVES, "--save_only_model")
     with monkeypatch.context() as patch:

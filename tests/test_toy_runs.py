@@ -125,7 +125,10 @@ def test_resolved_config_holds_every_option(toy_run) -> None:
     from llmcore_hf.config import NOT_REPEATED, SECRETS, Options
 
     document = yaml.safe_load((toy_run("dpo")[1] / "output/dpo/latest/resolved_config.yaml").read_text())
-    assert set(document) == {"module", "toy", *Options(dpo.argument_classes()).fields} - {*NOT_REPEATED, *SECRETS}
+    assert set(document) == {"module", "toy", "explicit", *Options(dpo.argument_classes()).fields} - {
+        *NOT_REPEATED,
+        *SECRETS,
+    }
 
 
 def test_output_is_plain_lines_when_piped(toy_run) -> None:

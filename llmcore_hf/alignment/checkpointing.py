@@ -162,10 +162,10 @@ def take_up(run: RunDirectory, checkpoint: Path) -> None:
             f"options that choose its rows) gives now: fingerprint {former} then, {now} now. Restore the data, or begin a "
             f"new run with --model_name_or_path {checkpoint}"
         )
+    run.rewind(resume.last_step(checkpoint), checkpoint.absolute().parent)
     if distributed.is_main_process():
         _tell_changes(run, marker.get("world_size"))
         _remove_later(run.path, resume.last_step(checkpoint))
-    run.rewind(resume.last_step(checkpoint))
 
 
 def _tell_changes(run: RunDirectory, former_world_size: int | None) -> None:

@@ -37,7 +37,7 @@ from llmcore_hf.config import COMMAND_LINE, Config
 from llmcore_hf.data.loading import Splits, column_mapping, looks_like_path
 from llmcore_hf.data.problems import DROP
 from llmcore_hf.data.toy import TOY_DATASETS
-from llmcore_hf.durability import Interrupted, move_into_place
+from llmcore_hf.durability import Interrupted, move_into_place, storage_trouble
 from llmcore_hf.errors import UserError
 from llmcore_hf.models import loading, tiny
 from llmcore_hf.run_dir import Diverged, RunDirectory
@@ -62,7 +62,7 @@ POSITIVE = (
     "lora_alpha",
 )
 # What a chat template raises that does not know what to do with a conversation.
-REFUSALS = (TemplateError, TypeError, ValueError, KeyError)
+REFUSALS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
 LORA_ONLY = ("lora_", "use_rslora", "use_dora")
 
 
@@ -373,6 +373,7 @@ class RunCallback(TrainerCallback):
         self.run = run
         self.trainer = trainer
         self.bar: Any = None
+        self.has_begun = False
         # TRL counts the tokens since the process began, not those of the run. A checkpoint ends a row: this is exact.
         counts = [row["num_tokens"] for row in run.history if "num_tokens" in row]
         self.tokens_before = counts[-1] if counts else 0
@@ -380,7 +381,7 @@ class RunCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         from tqdm import tqdm
 
-        self.began, self.first_step = time.monotonic(), state.global_step
+        self.has_begun, self.began, self.first_step = True, time.monotonic(), state.global_step
         if distributed.is_main_process():
             interactive = sys.stderr.isatty()
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=not interactive)
@@ -464,13 +465,22 @@ def train(trainer: Trainer, run: RunDirectory) -> None:
     if run.checkpoint:
         take_up(run, run.checkpoint)
     checkpointing = CheckpointCallback(run, trainer)
+    progress = RunCallback(run, trainer)
     trainer.add_callback(checkpointing)  # first: it may find that nothing is left to train, and nothing to show
-    trainer.add_callback(RunCallback(run, trainer))
+    trainer.add_callback(progress)
     with run.stop.deferring(), dropping_half_written(checkpointing):
         try:
             trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
         except NothingLeft:
             trainer.is_in_train = False
+        except Exception as error:
+            if run.checkpoint is None or progress.has_begun or storage_trouble(error, run.path):
+                raise
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(
+                f"{run.checkpoint} cannot be loaded ({type(error).__name__}: {reason}): is a file in it damaged, or from "
+                "another model? Go on from an earlier one with --resume_from_checkpoint PATH"
+            ) from error
     step = trainer.state.global_step
     if checkpointing.stopped:
         raise Interrupted(step, checkpointing.folder(step))

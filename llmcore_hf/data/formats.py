@@ -8,6 +8,7 @@ type: language modeling, prompt-completion, preference, unpaired preference
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,8 @@ SCORES = (
 OPTIONAL_COLUMNS = ("input", "system", "history")  # read when they are there
 CARRIED_COLUMNS = ("tools", "image", "images")  # handed on as they are
 TEXT, MESSAGES, LABEL = "text", "messages", "label"
+# Columns that hold the prompt under another name than a format with an implicit prompt could know.
+PROMPT_LIKE = ("question", "query", "instruction", "input", "problem", "conversations", "messages")
 SHOWN_CHARS = 40  # of a wrong value in a message
 
 
@@ -118,6 +121,16 @@ class Format:
         return found
 
 
+def _refuse_unread_prompt(fmt: Format, columns: Sequence[str], where: str) -> None:
+    """Answers are split into prompt and answer only where no column holds the prompt."""
+    unread = [name for name in PROMPT_LIKE if name in columns and name not in fmt.columns]
+    if "prompt" in fmt.outputs and not {"prompt", "conversations", "instruction"} & set(fmt.columns) and unread:
+        raise UserError(
+            f"{where}: is `{unread[0]}` the prompt of `chosen` and `rejected`? Map it with --columns prompt={unread[0]}, or "
+            f"remove the column: then what both answers begin with is taken for the prompt"
+        )
+
+
 def known_columns() -> set[str]:
     """Every column name that some format reads."""
     return {column for fmt in FORMATS for column in fmt.columns} | {*OPTIONAL_COLUMNS, *CARRIED_COLUMNS}
@@ -133,6 +146,7 @@ def detect(columns: Sequence[str], rows: Sequence[Row], where: str) -> Format:
         if set(fmt.columns) <= set(columns):
             complete = [row for row in rows if all(row.get(column) is not None for column in fmt.columns)]
             if 2 * sum(map(fmt.accepts, complete)) >= len(complete):  # most of them: a few may be broken
+                _refuse_unread_prompt(fmt, columns, where)
                 return fmt
     known = "\n".join(f"    {f.task:<20} {f.name:<48} {', '.join(f.columns)}" for f in FORMATS)
     raise UserError(
@@ -253,7 +267,10 @@ def _message(message: Any, field: str, found: Found) -> dict[str, Any]:
         return {}
     _check_content(message, field, found)
     cleaned = {key: value for key, value in message.items() if value is not None}
-    if cleaned.get("tool_calls"):
+    if cleaned.get("tool_calls") and role != "assistant":
+        text = f"stands in a turn of `{role}`"
+        found.add("role", f"{field}.tool_calls", text, "move it to a turn of the assistant, or remove it")
+    elif cleaned.get("tool_calls"):
         cleaned["tool_calls"] = [_tool_call(c, f"{field}.tool_calls", found) for c in _as_list(cleaned["tool_calls"])]
     return cleaned
 
@@ -279,16 +296,33 @@ def _check_content(message: Row, field: str, found: Found) -> None:
 def _tool_call(call: Any, field: str, found: Found) -> Any:
     """A tool call whose arguments are an object: chat templates write them as JSON themselves."""
     function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
         found.add("type", field, "holds a call without a function name", 'write {"function": {"name": ..., ...}}')
         return call
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
-            function = {**function, "arguments": json.loads(arguments)}
+            arguments = json.loads(arguments)
         except ValueError:
             found.add("json", f"{field}.arguments", "is not valid JSON", "write the arguments as a JSON object")
+            return call
+        function = {**function, "arguments": arguments}
+    if not isinstance(arguments, dict | None):
+        text = f"must be an object, but is {kind_of(arguments)}"
+        found.add("type", f"{field}.arguments", text, 'write {"name of the argument": its value}')
+    elif not _fits_json(arguments):
+        text = "holds NaN, infinity or an integer of more than 64 bits"
+        found.add("type", f"{field}.arguments", text, "write that number as text, in quotes")
     return {**call, "function": function} if "function" in call else {"type": "function", "function": function}
+
+
+def _fits_json(value: Any) -> bool:
+    """Whether Arrow can hold the value as JSON."""
+    if isinstance(value, dict):
+        return all(map(_fits_json, value.values()))
+    if isinstance(value, list):
+        return all(map(_fits_json, value))
+    return math.isfinite(value) if isinstance(value, float) else not isinstance(value, int) or abs(value) < 2**63
 
 
 def _show(value: Any) -> str:
@@ -332,9 +366,8 @@ def _with_system(row: Row, messages: Messages, found: Found) -> Messages:
     return [{"role": "system", "content": system}, *messages] if system else messages
 
 
-def _check_order(messages: Messages, field: str, found: Found) -> None:
-    """Report the first turn that may not stand where it stands."""
-    before: str | None = None
+def _check_order(messages: Messages, field: str, found: Found, before: str | None = None) -> None:
+    """Report the first turn that may not stand where it stands; `before` is the role of the turn before all of them."""
     for i, message in enumerate(messages):
         role = message["role"]
         if before not in MAY_FOLLOW[role]:
@@ -411,6 +444,8 @@ def _answer(messages: Messages, field: str, found: Found) -> Messages:
             f"begins with a turn of `{messages[0]['role']}`; after the prompt it holds the answer alone",
             "leave out the turns that `prompt` has already",
         )
+    if not found:
+        _check_order(messages, field, found, before="user")
     return messages if found else _ends_with(messages, ("assistant",), field, found)
 
 
@@ -485,7 +520,7 @@ def _from_preference(row: Row, found: Found) -> Row:
 
 def _from_chat_preference(row: Row, found: Found) -> Row:
     if not isinstance(row.get("prompt"), list):  # a plain copy of what chosen begins with
-        return _from_implicit_chat_preference(row, found)
+        return _same_prompt(row.get("prompt"), _from_implicit_chat_preference(row, found), found)
     prompt = _messages(row, "prompt", found)
     answers = _different({name: _messages(row, name, found) for name in ("chosen", "rejected")}, found)
     answers = {name: _answer(turns, name, found) for name, turns in answers.items()}
@@ -502,6 +537,19 @@ def _from_implicit_chat_preference(row: Row, found: Found) -> Row:
     for name in ("chosen", "rejected"):
         _conversation(answers[name], name, found)
     return answers if found else _split_prompt(answers, found)
+
+
+def _same_prompt(prompt: Any, split: Row, found: Found) -> Row:
+    """Report a plain prompt that is none of the turns which chosen and rejected begin with."""
+    turns = [turn.get("content") for turn in split.get("prompt", ())]
+    if not found and isinstance(prompt, str) and prompt.strip() and prompt.strip() not in map(_stripped, turns):
+        text = f"is {_show(prompt)}, but chosen and rejected answer {_show(turns[-1])}"
+        found.add("prompts", "prompt", text, "make it the prompt that both begin with, or leave the column out")
+    return split
+
+
+def _stripped(content: Any) -> Any:
+    return content.strip() if isinstance(content, str) else content
 
 
 def _split_prompt(answers: Row, found: Found) -> Row:
@@ -523,12 +571,20 @@ def _split_prompt(answers: Row, found: Found) -> Row:
 def _check_scores(row: Row, found: Found) -> None:
     """A pair whose rejected answer has the higher score is suspected to be swapped."""
     for chosen, rejected in SCORES:
-        high, low = row.get(chosen), row.get(rejected)
-        if isinstance(high, int | float) and isinstance(low, int | float) and high < low:
-            text = f"has the lower score ({chosen} {high} < {rejected} {low}): are chosen and rejected swapped?"
+        high, low = _number(row.get(chosen)), _number(row.get(rejected))
+        if high is not None and low is not None and high < low:
+            text = f"has the lower score ({chosen} {row[chosen]} < {rejected} {row[rejected]}): are chosen and rejected swapped?"
             found.add(
                 "swapped", "chosen", text, "exchange them (--columns chosen=rejected,rejected=chosen for all rows)"
             )
+
+
+def _number(value: Any) -> float | None:
+    """A number, or the number that a text holds, as in a .csv file."""
+    try:
+        return float(value) if isinstance(value, int | float | str) else None
+    except ValueError:
+        return None
 
 
 def _is_messages(value: Any) -> bool:

@@ -242,6 +242,10 @@ def _named_splits(args: DataArguments, sources: dict[str, Source]) -> dict[str, 
     if args.dataset_test_split in sources or args.dataset_test_split != DataArguments.dataset_test_split:
         _require_split(sources, args.dataset_test_split, "test", str(args.dataset_name))
         names["test"] = args.dataset_test_split
+        if names["test"] == names["train"]:
+            raise UserError(
+                f"--dataset_test_split {names['test']} is the split that is trained on: hold out another one"
+            )
     if "validation" in sources:
         names["validation"] = "validation"
     return names

@@ -7,6 +7,7 @@ its place; `datasets` reads everything else. A .jsonl file is cut into shards at
 from __future__ import annotations
 
 import csv
+import glob
 import hashlib
 import json
 from collections.abc import Iterator
@@ -127,7 +128,8 @@ def open_dataset(name: str, config_name: str | None = None, streaming: bool = Fa
     if path.is_file():
         if path.suffix not in BUILDERS:
             raise UserError(f"{name}: files of type `{path.suffix}` are not read; use {', '.join(BUILDERS)}")
-        return _from_files(BUILDERS[path.suffix], {"train": [str(path)]}, streaming)
+        with _explaining(name):
+            return _from_files(BUILDERS[path.suffix], {"train": [str(path)]}, streaming)
     if path.is_dir():
         return _from_folder(path, config_name, streaming)
     if looks_like_path(name):
@@ -162,25 +164,23 @@ def _innermost(error: BaseException) -> str:
 def _from_folder(path: Path, config_name: str | None, streaming: bool) -> dict[str, Source]:
     from datasets import load_dataset, load_dataset_builder, load_from_disk
 
+    if glob.escape(str(path)) != str(path):
+        raise UserError(f"{path}: `datasets` takes a folder with [, * or ? in its name for a pattern: rename it")
     with _explaining(str(path)):
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             return _from_tables(load_from_disk(str(path)), str(path))
         builder = load_dataset_builder(str(path), name=config_name)
-        if builder.name in TEXT_BUILDERS and builder.config.data_files:
-            files = {str(split): [str(file) for file in found] for split, found in builder.config.data_files.items()}
-            if all(Path(file).suffix in BUILDERS for found in files.values() for file in found):
-                return _from_files(builder.name, files, streaming)
+        found = builder.config.data_files or {}
+        files = {str(split): [str(file) for file in paths] for split, paths in found.items()}
+        if builder.name in BUILDERS.values() and all(Path(f).suffix in BUILDERS for fs in files.values() for f in fs):
+            _refuse_left_out(path, [file for paths in files.values() for file in paths])
+            return _from_files(builder.name, files, streaming)
         return _from_tables(load_dataset(str(path), name=config_name, streaming=streaming), str(path))
 
 
 def _from_files(builder: str, files: dict[str, list[str]], streaming: bool) -> dict[str, Source]:
     if builder not in TEXT_BUILDERS:
-        from datasets import load_dataset
-
-        (paths,) = files.values()
-        _refuse_empty(paths)
-        with _explaining(paths[0], f"is it a {Path(paths[0]).suffix} file, and whole?"):
-            return _from_tables(load_dataset(builder, data_files=paths, streaming=streaming), paths[0])
+        return _from_table_files(builder, files, streaming)
     sources = {}
     for split, paths in files.items():
         _refuse_empty(paths)
@@ -195,13 +195,50 @@ def _from_files(builder: str, files: dict[str, list[str]], streaming: bool) -> d
     return sources
 
 
+def _from_table_files(builder: str, files: dict[str, list[str]], streaming: bool) -> dict[str, Source]:
+    """Parquet and Arrow files. `datasets` caches them by time stamp; under a name made of the content it must read anew."""
+    from datasets import load_dataset
+
+    paths = [path for found in files.values() for path in found]
+    _refuse_empty(paths)
+    digest = None if streaming else hashlib.sha256("".join(map(_digest_of, paths)).encode()).hexdigest()
+    # `datasets` takes a name with [ or * for a pattern
+    escaped = {split: [glob.escape(path) for path in found] for split, found in files.items()}
+    with _explaining(paths[0], f"is it a {Path(paths[0]).suffix} file, and whole?"):
+        loaded = load_dataset(builder, name=digest and digest[:32], data_files=escaped, streaming=streaming)
+        return _from_tables(loaded, paths[0] if len(paths) == 1 else str(Path(paths[0]).parent), digest)
+
+
+def _digest_of(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _refuse_left_out(folder: Path, read: list[str]) -> None:
+    """`datasets` reads the most frequent kind of file in a folder and passes over the others without a word."""
+    known = {Path(file).resolve() for file in read}
+    beside = {file.parent for file in known}
+    left_out = [
+        file.name
+        for parent in sorted(beside)
+        for file in sorted(parent.iterdir())
+        if file.suffix in BUILDERS and file.resolve() not in known and file.name != "dataset_infos.json"
+    ]
+    if left_out:
+        raise UserError(
+            f"{folder} holds data files that would not be read beside {Path(read[0]).name}: {', '.join(left_out)}. Name one "
+            "file, or leave files of one kind in the folder, with names that begin with train, validation or test"
+        )
+
+
 def _refuse_empty(paths: list[str]) -> None:
     for path in paths:
         if Path(path).stat().st_size == 0:
             raise UserError(f"{path} is empty: give a file with at least two rows")
 
 
-def _from_tables(loaded: Any, name: str) -> dict[str, Source]:
+def _from_tables(loaded: Any, name: str, content: str | None = None) -> dict[str, Source]:
+    """Sources of what `datasets` has loaded; `content` is a hash of the files, where there are files."""
     from datasets import Dataset, IterableDataset
 
     splits = {"train": loaded} if isinstance(loaded, Dataset | IterableDataset) else dict(loaded)
@@ -210,7 +247,7 @@ def _from_tables(loaded: Any, name: str) -> dict[str, Source]:
         for column, feature in (rows.features or {}).items():
             if (encoded := image_feature(feature, decode=False)) is not None:
                 rows = rows.cast_column(column, encoded)  # decoding and encoding again would change the bytes
-        digest = rows._fingerprint if isinstance(rows, Dataset) else None
+        digest = (content and f"{content} {split}") or (rows._fingerprint if isinstance(rows, Dataset) else None)
         place = name if len(splits) == 1 else f"{name} ({split})"
         sources[str(split)] = Source(str(split), _table_shards(rows, place), digest, rows.features)
     return sources
@@ -268,8 +305,9 @@ def _kind_of_text(path: Path) -> tuple[str, int]:
     """
     with open(path, "rb") as file:
         head = file.read(BLOCK_BYTES)
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{path} is UTF-16 text: save the file as UTF-8")
+    for name, marks in (("UTF-32", (b"\xff\xfe\0\0", b"\0\0\xfe\xff")), ("UTF-16", (b"\xff\xfe", b"\xfe\xff"))):
+        if head.startswith(marks):
+            raise UserError(f"{path} is {name} text: save the file as UTF-8")
     if b"\0" in head:
         raise UserError(f"{path} is not a text file (it holds zero bytes): give a {', '.join(BUILDERS)} file")
     begin = len(BYTE_ORDER_MARK) if head.startswith(BYTE_ORDER_MARK) else 0
@@ -282,7 +320,8 @@ def _kind_of_text(path: Path) -> tuple[str, int]:
     if path.suffix == ".jsonl":  # a line that holds a list is a bad row; a file that is one list has the wrong suffix
         is_array = head.startswith(b"[") and not (rest.strip() and _is_json(first_line))
     else:
-        is_array = head.startswith(b"[") or not _is_json(first_line)
+        is_cut_off = not rest and len(head) + begin == BLOCK_BYTES  # one very long line, of which this is the beginning
+        is_array = head.startswith(b"[") or not (is_cut_off or _is_json(first_line))
     return "json" if is_array else "jsonl", begin
 
 
@@ -417,7 +456,7 @@ def _csv_rows(shard: TextShard) -> Iterator[RawRow]:
                 return
             except csv.Error as error:
                 last = f" up to line {reader.line_num}" if reader.line_num > line else ""
-                kind = "unreadable" if "end of data" in str(error) else "csv"  # a quote that nothing closes
+                kind = "unreadable" if last else "csv"  # an open quote has swallowed lines: how many rows, nobody knows
                 text = f"is not valid CSV{last}: {error}"
                 yield RawRow(number, line, None, FieldProblem(kind, None, text, "mend the quotes"))
                 number += 1
