@@ -38,11 +38,12 @@ problems (Example 4.1, gambler, CliffWalking's -13) have no contraction: they co
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -459,7 +460,7 @@ def span_bound(mdp: MDP, values: Tensor, backup: Tensor, gamma: float) -> tuple[
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. Methods: each is an endless sequence of (v, Lv)
+# 5. Methods: each is a sequence of (v, Lv); that of policy iteration ends, the others do not
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -495,6 +496,8 @@ def policy_iteration(mdp: MDP, gamma: float, policy: Tensor | None = None) -> It
         work += 1 + mdp.n_states**2 / (3 * mdp.n_actions * mdp.next_state.shape[-1])  # 2/3 S^3 operations, in sweeps
         yield Iterate(values, best, work, policy)
         better = best > q.gather(0, policy[None])[0] + 1e-11 * (1 + best.abs())
+        if not better.any():
+            return
         policy = torch.where(better, improved, policy)
 
 
@@ -557,8 +560,8 @@ def sweep_policy(
         former, values = values, torch.addmv(reward, transition, values, alpha=gamma)
         low, high = residual_range(mdp, former, values)
         if high - low <= stop:
-            break
-    return values, used
+            return values, used
+    return values, most
 
 
 def lowered(transition: Tensor, reward: Tensor, values: Tensor, gamma: float) -> Tensor:
@@ -600,10 +603,10 @@ def bicgstab(
         if size < smallest:
             best, smallest = values, size
         if smallest <= target or not math.isfinite(size):  # done, or broken down
-            break
+            return best, used, smallest <= target
         rho, former = shadow @ residual, rho
         direction = residual + rho / former * alpha / omega * (direction - omega * image)
-    return best, used, smallest <= target
+    return best, budget, False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -616,7 +619,7 @@ class Solution:
     """Attributes:
     values: (S,), within `error_bound` of v* in every component.
     policy: (S,), greedy; its value is nowhere more than twice `error_bound` below v*.
-    error_bound: at most the tolerance, unless `max_work` ended the search before.
+    error_bound: at most the tolerance, unless `max_work` or the method itself ended the search before.
     work: in full sweeps.
     trace: one row per iterate: work, Bellman residual, and both bounds.
     """
@@ -749,3 +752,623 @@ def simulate(env_id: str, policy: Tensor, horizon: int, episodes: int, seed: int
             over = terminated or truncated
     env.close()
     return returns
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. The book's examples
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Sutton & Barto, 2nd ed.: Figure 3.2 (v of the equiprobable policy), Figure 3.5 (v*), Figure 4.1 (k = infinity).
+FIGURE_3_2 = (
+    *((3.3, 8.8, 4.4, 5.3, 1.5), (1.5, 3.0, 2.3, 1.9, 0.5), (0.1, 0.7, 0.7, 0.4, -0.4)),
+    *((-1.0, -0.4, -0.4, -0.6, -1.2), (-1.9, -1.3, -1.2, -1.4, -2.0)),
+)
+FIGURE_3_5 = (
+    *((22.0, 24.4, 22.0, 19.4, 17.5), (19.8, 22.0, 19.8, 17.8, 16.0), (17.8, 19.8, 17.8, 16.0, 14.4)),
+    *((16.0, 17.8, 16.0, 14.4, 13.0), (14.4, 16.0, 14.4, 13.0, 11.7)),
+)
+FIGURE_4_1 = ((0, -14, -20, -22), (-14, -18, -20, -20), (-20, -20, -18, -14), (-22, -20, -14, 0))
+
+
+def run(args: Args, run_dir: RunDirectory) -> None:
+    """The book's examples, then the toy-text environments, the solvers side by side, and last the chosen environment."""
+    run_dir.checks += [*book_gridworlds(run_dir), *book_gambler(run_dir), *book_car_rental(run_dir)]
+    table = [examine(env_id, gamma, args) for env_id, gamma in TOY_TEXT]
+    values = {env_id: solve(from_gymnasium(gym.make(env_id)), 0.99, args.tolerance).values for env_id, _ in TOY_TEXT}
+    run_dir.write("toy_text.png", lesson.png(draw_toy_text(values)))
+    solvers = compare_solvers(args)
+    run_dir.write("solvers.png", lesson.png(draw_solvers(solvers, math.isqrt(args.n_states) ** 2)))
+    run_dir.checks += [simulation_check(table), cliff_check(table), *solver_checks(solvers)]
+    chosen = solve_environment(args, run_dir)
+    speed = {name: {method: s.work for method, s in row.items()} for name, row in solvers.items()}
+    results = {"environment": chosen, "toy_text": table, "full_sweeps_to_tolerance": speed}
+    run_dir.write("results.json", json.dumps(results, indent=2) + "\n")
+
+
+def published(name: str, values: Tensor, table: Any, digits: float, source: str) -> Check:
+    """Do values (S,) agree with a printed table to the digits it has?"""
+    worst = float((values - torch.tensor(table, dtype=DTYPE).view(-1)).abs().max())
+    return Check(
+        id=f"mdp.{name}",
+        kind="invariant",
+        passed=worst <= digits + 1e-9,
+        observed=worst,
+        expected=f"largest difference from {source} at most {digits:g}",
+        why_zh=f"算出的状态价值应等于 {source} 里印出的数；不等说明转移、奖励或 Bellman 算子写错了。",
+        why_en=f"The values are those printed in {source}; if not, transitions, rewards or the operator are wrong.",
+    )
+
+
+def book_gridworlds(run_dir: RunDirectory) -> list[Check]:
+    """Examples 3.5, 3.8 (gamma = 0.9) and 4.1 (undiscounted)."""
+    big, small = gridworld(), small_gridworld()
+    random_big, best_big = evaluate(big, uniform(big), 0.9), solve(big, 0.9, 1e-9).values
+    random_small = evaluate(small, uniform(small), 1.0)
+    run_dir.write("gridworlds.png", lesson.png(draw_gridworlds(random_big, best_big, random_small)))
+    return [
+        published("example_3_5", random_big, FIGURE_3_2, 0.05, "Figure 3.2"),
+        published("example_3_8", best_big, FIGURE_3_5, 0.05, "Figure 3.5"),
+        published("example_4_1", random_small, FIGURE_4_1, 0.0, "Figure 4.1"),
+    ]
+
+
+def book_gambler(run_dir: RunDirectory, p_heads: float = 0.4) -> list[Check]:
+    """Example 4.3 with p = 0.4, where bold play (stake all, or what is missing) is optimal: Dubins & Savage 1965."""
+    mdp = gambler(p_heads)
+    values, _, residual = solve_episodic(mdp)
+    capital = torch.arange(101)
+    bold = torch.minimum(capital, 100 - capital).clamp(min=1) - 1
+    gap = float((values - evaluate(mdp, bold, 1.0)).abs().max())
+    closed = torch.tensor([p_heads**2, p_heads, p_heads + (1 - p_heads) * p_heads], dtype=DTYPE)
+    error = float((values[[25, 50, 75]] - closed).abs().max())
+    run_dir.write("gambler.png", lesson.png(draw_gambler(mdp, values)))
+    return [
+        Check(
+            id="mdp.gambler",
+            kind="invariant",
+            passed=max(gap, error, residual) <= 1e-9,
+            observed={"v(25), v(50), v(75)": values[[25, 50, 75]].tolist(), "below bold play at most": gap},
+            expected="p^2, p, p + (1-p)p, and the value of bold play at every capital, all within 1e-9",
+            why_zh="p = 0.4 时大胆下注是最优的，价值有闭式解；不等说明下注集合、终止或奖励写错了。",
+            why_en="For p = 0.4 bold play is optimal and has a closed form; otherwise stakes, rewards or ends are wrong.",
+        )
+    ]
+
+
+def book_car_rental(run_dir: RunDirectory) -> list[Check]:
+    """Example 4.2 by policy iteration from "move nothing", as in Figure 4.2."""
+    mdp = car_rental()
+    steps = list(policy_iteration(mdp, 0.9, torch.full((mdp.n_states,), MAX_MOVED)))
+    policies, values = [step.policy for step in steps if step.policy is not None], [step.values for step in steps]
+    moved = policies[-1] - MAX_MOVED
+    losses = [float((former - later).max()) for former, later in itertools.pairwise(values)]
+    run_dir.write("car_rental.png", lesson.png(draw_car_rental(policies, values[-1])))
+    return [
+        Check(
+            id="mdp.car_rental",
+            kind="invariant",
+            passed=(len(policies), int(moved.min()), int(moved.max())) == (5, -4, 5),
+            observed={"policies": len(policies), "moved": [int(moved.min()), int(moved.max())]},
+            expected="5 policies, the last of which moves between -4 and 5 cars (Figure 4.2)",
+            why_zh="策略迭代应像图 4.2 那样经过 pi_0 到 pi_4 就稳定；不同说明租还车的动态或改进步骤写错了。",
+            why_en="Policy iteration goes through pi_0 ... pi_4 as in Figure 4.2; else dynamics or improvement are wrong.",
+        ),
+        Check(
+            id="mdp.policy_improvement",
+            kind="invariant",
+            passed=max(losses) <= 1e-9,
+            observed=max(losses),
+            expected="no state loses value from one policy to the next (at most 1e-9)",
+            why_zh="策略改进定理 (4.7)：贪心策略处处不差于原策略；若有状态变差，改进或评估写错了。",
+            why_en="Policy improvement theorem (4.7): the greedy policy is nowhere worse; if it is, a step is wrong.",
+        ),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 9. Toy-text environments, and the one you choose
+# ---------------------------------------------------------------------------------------------------------------------
+
+TOY_TEXT = (
+    *(("FrozenLake-v1", 0.99), ("FrozenLake8x8-v1", 0.99), ("FrozenLake8x8-v1", 0.999)),
+    *(("Taxi-v4", 0.99), ("CliffWalking-v1", 0.99), ("CliffWalkingSlippery-v1", 0.99)),
+)
+LARGEST_DENSE = 3000  # states up to which policy iteration with a dense solve takes part
+LONGEST = 20_000  # sweeps after which a slow method is no longer followed
+
+
+def time_limit(env_id: str, horizon: int) -> int:
+    spec = gym.spec(env_id)
+    return spec.max_episode_steps or horizon
+
+
+def examine(env_id: str, gamma: float, args: Args) -> dict[str, Any]:
+    """What the greedy policy of v* earns within the time limit: exactly, two ways, and simulated; and what others earn."""
+    mdp, horizon = from_gymnasium(gym.make(env_id)), time_limit(env_id, args.horizon)
+    solution = solve(mdp, gamma, args.tolerance)
+    mean, deviation = return_moments(mdp, solution.policy, horizon)
+    simulated = simulate(env_id, solution.policy, horizon, args.episodes, args.seed)
+    return {
+        "env_id": env_id,
+        "gamma": gamma,
+        "horizon": horizon,
+        "value_at_start": float(mdp.start @ solution.values),
+        "return": mean,
+        "return_forwards": expected_return(mdp, solution.policy, horizon),
+        "return_std": deviation,
+        "simulated_return": float(simulated.mean()),
+        "episodes": len(simulated),
+        "best_return": best_return(mdp, horizon),
+        "random_return": expected_return(mdp, uniform(mdp), horizon),
+        "sweeps": solution.work,
+    }
+
+
+def simulation_check(table: list[dict[str, Any]], name: str = "toy_text_simulation") -> Check:
+    """Exact returns against episodes in Gymnasium: five standard errors, from the exact standard deviation."""
+    worst, passed = [], True
+    for row in table:
+        error, tiny = row["return_std"] / math.sqrt(row["episodes"]), 1e-9 * (1 + abs(row["return"]))
+        passed &= abs(row["return"] - row["return_forwards"]) <= tiny
+        passed &= abs(row["simulated_return"] - row["return"]) <= 5 * error + tiny
+        worst.append(f"{row['env_id']} {row['simulated_return']:.4g} for {row['return']:.4g} +- {error:.2g}")
+    return Check(
+        id=f"mdp.{name}",
+        kind="invariant",
+        passed=passed,
+        observed="; ".join(worst),
+        expected="simulated mean within 5 standard errors of the exact return; forwards and backwards agree to 1e-9",
+        why_zh="表格里的转移和环境真正走的一致，才可能算准回报；不一致说明表读错了，或把终止与时限弄混了。",
+        why_en="The table describes what the environment does; if not, it was misread, or termination and time limit mixed up.",
+    )
+
+
+def cliff_check(table: list[dict[str, Any]]) -> Check:
+    observed = next(row["return"] for row in table if row["env_id"] == "CliffWalking-v1")
+    return Check(
+        id="mdp.cliff_walking",
+        kind="invariant",
+        passed=abs(observed + 13) <= 1e-9,
+        observed=observed,
+        expected="-13: one step up, eleven right, one down",
+        why_zh="CliffWalking 的最短路是 13 步，每步 -1；不等说明最优策略没有沿悬崖边走。",
+        why_en="The shortest path has 13 steps of -1; otherwise the optimal policy does not walk along the edge.",
+    )
+
+
+def solve_environment(args: Args, run_dir: RunDirectory) -> dict[str, Any]:
+    """All methods on `--env_id`: bounds, errors, and how early the policy is good although the values are not yet."""
+    env = gym.make(args.env_id)
+    mdp, horizon = from_gymnasium(env), time_limit(args.env_id, args.horizon)
+    solutions = solve_by_all(mdp, args.gamma, args.tolerance)
+    row = examine(args.env_id, args.gamma, args)
+    exact = solutions["mixed policy iteration"]
+    curve = watch(mdp, args, exact.values, horizon)
+    for point in curve:
+        run_dir.log(point)
+    run_dir.checks += [
+        agreement_check(solutions),
+        *bound_checks(curve, solutions["value iteration"], args),
+        simulation_check([row], "simulation"),
+        return_check(row),
+    ]
+    figure = draw_environment(env, mdp, solutions, curve, row, args)
+    run_dir.write("training_curves.png", lesson.png(figure))
+    return row
+
+
+def solve_by_all(mdp: MDP, gamma: float, tolerance: float) -> dict[str, Solution]:
+    """Each method by its name. The slow ones are followed for `LONGEST` sweeps at most; `solve` always arrives."""
+    bounded = functools.partial(certify, mdp=mdp, gamma=gamma, tolerance=tolerance, max_work=LONGEST)
+    found = {
+        "value iteration": bounded(value_iteration(mdp, gamma), span=False),
+        "value iteration, span": bounded(value_iteration(mdp, gamma)),
+        "modified policy iteration": bounded(modified_policy_iteration(mdp, gamma)),
+        "mixed policy iteration": solve(mdp, gamma, tolerance),
+    }
+    if mdp.n_states <= LARGEST_DENSE:
+        found["policy iteration"] = certify(policy_iteration(mdp, gamma), mdp, gamma, tolerance)
+    return found
+
+
+def watch(mdp: MDP, args: Args, exact: Tensor, horizon: int) -> list[dict[str, Any]]:
+    """Value iteration at about 60 sweeps, evenly spread in the logarithm: residual, bounds, error, return of the policy."""
+    chosen = {round(LONGEST ** (i / 59)) for i in range(60)}
+    rows = []
+    for values, backup, sweep, _ in value_iteration(mdp, args.gamma):
+        correction, bound = span_bound(mdp, values, backup, args.gamma)
+        if sweep not in chosen and bound > args.tolerance:
+            continue
+        policy = greedy(action_values(mdp, values, args.gamma))[1]
+        rows.append(
+            {
+                "step": int(sweep),
+                "bellman_residual": float((backup - values).abs().max()),
+                "norm_bound": norm_bound(mdp, values, backup, args.gamma),
+                "norm_error": float((backup - exact).abs().max()),
+                "span_bound": bound,
+                "span_error": float((backup + correction - exact).abs().max()),
+                "return": expected_return(mdp, policy, horizon),
+            }
+        )
+        if bound <= args.tolerance or sweep >= LONGEST:
+            break
+    return rows
+
+
+def agreement_check(solutions: dict[str, Solution]) -> Check:
+    """Any two methods differ by no more than their two bounds allow."""
+    ratios = {
+        f"{one} / {other}": float((a.values - b.values).abs().max()) / (a.error_bound + b.error_bound)
+        for (one, a), (other, b) in itertools.combinations(solutions.items(), 2)
+    }
+    worst = max(ratios, key=lambda pair: ratios[pair])
+    return Check(
+        id="mdp.methods_agree",
+        kind="invariant",
+        passed=ratios[worst] <= 1,
+        observed={worst: ratios[worst]},
+        expected="for every two methods: difference at most the sum of their error bounds (ratio at most 1)",
+        why_zh="几种方法求的是同一个不动点，差距不能超过各自保证的误差之和；超过说明某个方法或误差界是错的。",
+        why_en="All methods look for the same fixed point; if two differ by more than their bounds, one of them is wrong.",
+    )
+
+
+def bound_checks(curve: list[dict[str, Any]], plain: Solution, args: Args) -> list[Check]:
+    """Along value iteration: errors stay below their bounds, and residuals shrink by gamma at least."""
+    over = max(max(row["norm_error"] - row["norm_bound"], row["span_error"] - row["span_bound"]) for row in curve)
+    residuals = [row["bellman_residual"] for row in plain.trace]
+    noise = 1e-13 * (1 + float(plain.values.abs().max()))
+    excess = max((later - args.gamma * former for former, later in itertools.pairwise(residuals)), default=0.0)
+    return [
+        Check(
+            id="mdp.error_bounds_hold",
+            kind="invariant",
+            passed=over <= args.tolerance,
+            observed=over,
+            expected=f"error minus bound at most {args.tolerance:g}, the tolerance of the reference, at every sweep",
+            why_zh="误差界必须真的盖住误差；盖不住说明界的推导用错了（例如有终止时忘了把 0 算进残差的范围）。",
+            why_en="A bound covers the error; if not it is misapplied, say 0 forgotten in the range where episodes end.",
+        ),
+        Check(
+            id="mdp.contraction",
+            kind="invariant",
+            passed=excess <= noise,
+            observed=excess,
+            expected=f"residual after a sweep at most gamma times the one before (+ {noise:.1e} for rounding)",
+            why_zh="Bellman 最优算子是模为 gamma 的压缩映射；残差缩得慢说明折扣没有乘对。",
+            why_en="The operator is a contraction of modulus gamma; a residual that shrinks less means a wrong discount.",
+        ),
+    ]
+
+
+def return_check(row: dict[str, Any]) -> Check:
+    return Check(
+        id="mdp.return",
+        kind="learning",
+        passed=row["random_return"] < row["return"] <= row["best_return"] + 1e-9 * (1 + abs(row["best_return"])),
+        observed={name: row[name] for name in ("random_return", "return", "best_return")},
+        expected="random policy < greedy policy <= best policy that knows the time",
+        why_zh="规划应比随机动作好；但折扣目标不看时限，所以可以略低于知道剩余步数的最优策略。",
+        why_en="Planning beats random actions; it may stay below the best, since a discounted goal does not know the time limit.",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 10. Which solver, where
+# ---------------------------------------------------------------------------------------------------------------------
+
+SOLVER_GAMMAS = {"fast mixing": 0.99, "slow mixing": 0.999}
+SOLVER_TOLERANCE = 1e-6
+
+
+def compare_solvers(args: Args) -> dict[str, dict[str, Solution]]:
+    """A random sparse MDP (5 actions, 10 successors) and a slippery grid, to the same certified error."""
+    generator, side = torch.Generator().manual_seed(args.seed), math.isqrt(args.n_states)
+    mdps = {
+        "fast mixing": random_mdp(side**2, 5, 10, generator),
+        "slow mixing": slippery_grid(side, generator),
+    }
+    found = {}
+    for name, mdp in mdps.items():
+        gamma = SOLVER_GAMMAS[name]
+        methods = {
+            "value iteration": (value_iteration(mdp, gamma), False),
+            "value iteration, span": (value_iteration(mdp, gamma), True),
+            "modified policy iteration": (modified_policy_iteration(mdp, gamma), True),
+            "mixed policy iteration": (mixed_policy_iteration(mdp, gamma), True),
+        }
+        found[name] = {
+            method: certify(steps, mdp, gamma, SOLVER_TOLERANCE, span=span, max_work=LONGEST)
+            for method, (steps, span) in methods.items()
+        }
+    return found
+
+
+def solver_checks(solvers: dict[str, dict[str, Solution]]) -> list[Check]:
+    """Work of value iteration over work of `solve`. Ratios: seeds 0 to 4, see tests/test_lesson_mdp.py."""
+    checks = []
+    for name, least in (("fast mixing", 50), ("slow mixing", 3)):
+        works = {method: solution.work for method, solution in solvers[name].items()}
+        ratio = works["value iteration"] / works["mixed policy iteration"]
+        checks.append(
+            Check(
+                id=f"mdp.solver_{name.replace(' ', '_')}",
+                kind="learning",
+                passed=ratio >= least,
+                observed={"ratio": ratio, **works},
+                expected=f"value iteration with the norm bound needs at least {least} times the sweeps of `solve`",
+                why_zh="span 停机和混合策略迭代应省掉大部分扫描；省不下来说明停机准则或线性求解没起作用。",
+                why_en="Span stopping and mixed evaluation save most sweeps; if not, the stopping rule or the solve is broken.",
+            )
+        )
+    return checks
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 11. Pictures
+# ---------------------------------------------------------------------------------------------------------------------
+
+COLORS = {
+    "value iteration": "#7f7f7f",
+    "value iteration, span": "#1f77b4",
+    "modified policy iteration": "#ff7f0e",
+    "policy iteration": "#9467bd",
+    "mixed policy iteration": "#d62728",
+}
+
+
+def pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def best_actions(mdp: MDP, values: Tensor, gamma: float) -> Tensor:
+    """(A, S) booleans: all actions that are greedy with respect to `values`, ties included."""
+    q = action_values(mdp, values, gamma)
+    return q >= q.amax(0) - 1e-6 * (1 + values.abs().max())
+
+
+def directions(mdp: MDP, columns: int) -> list[tuple[float, float]]:
+    """Per action the way it leads on a grid, (columns, rows): its mean displacement, rounded; (0, 0) if nowhere."""
+    state = torch.arange(mdp.n_states)[:, None]
+    step = torch.stack([mdp.next_state % columns - state % columns, mdp.next_state // columns - state // columns], -1)
+    near = mdp.continuing * (step.abs().sum(-1) <= 1)  # jumps, such as back to the start, are no direction
+    mean = (near[..., None] * step).sum((1, 2)) / near.sum((1, 2))[:, None].clamp(min=1e-12)  # (A, 2)
+    size = mean.abs().amax(1, keepdim=True)
+    return [(float(dx), float(dy)) for dx, dy in torch.where(size > 0.05, (mean / size).round(), 0.0)]
+
+
+def idle_states(mdp: MDP) -> Tensor:
+    """(S,) booleans: states in which nothing is ever decided, because no episode starts or goes on there."""
+    visited = mdp.start > 0
+    visited[mdp.next_state[mdp.continuing > 0]] = True
+    ends = (mdp.continuing.sum(-1) == 0).all(0) & (mdp.expected_reward.amax(0) == 0)
+    return ~visited | ends
+
+
+def map_of(env: gym.Env) -> tuple[tuple[int, int], str] | None:
+    """(rows, columns) and letters of the map whose cells are the states; None where there is no such map."""
+    inner: Any = env.unwrapped
+    desc = getattr(inner, "desc", None)
+    shape = getattr(inner, "shape", None) if desc is None else desc.shape
+    if shape is None or len(shape) != 2 or shape[0] * shape[1] != inner.observation_space.n:
+        return None
+    letters = "" if desc is None else "".join(cell.decode() for cell in desc.flatten())
+    return (int(shape[0]), int(shape[1])), letters
+
+
+@dataclass
+class Grid:
+    """What a map of values shows: values (S,), greedy actions (A, S) with the way each leads, and idle states (S,)."""
+
+    shape: tuple[int, int]
+    values: Tensor
+    idle: Tensor
+    best: Tensor | None = None
+    ways: Sequence[tuple[float, float]] = tuple((float(dx), float(dy)) for dy, dx in MOVES)
+    letters: str = ""
+    digits: int = 2
+
+    def draw(self, axis: Axes, title: str) -> None:
+        """Numbers on a heat map; an arrow per greedy action, a dot for one that leads nowhere; idle states hatched."""
+        axis.imshow(self.values.masked_fill(self.idle, math.nan).view(self.shape), cmap="viridis")
+        low, high = (float(x) for x in torch.aminmax(self.values[~self.idle]))
+        lift, size = (0.0 if self.best is None else 0.25), (7 if max(self.shape) > 6 else 10)
+        for state, value in enumerate(self.values.tolist()):
+            y, x = divmod(state, self.shape[1])
+            center: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": size}
+            if self.idle[state]:
+                box: dict[str, Any] = {"facecolor": "#dddddd", "edgecolor": "#999999", "hatch": "///"}
+                axis.add_patch(pyplot().Rectangle((x - 0.5, y - 0.5), 1, 1, **box))
+                axis.text(x, y, self.letters[state : state + 1], weight="bold", **center)
+                continue
+            color = "black" if value - low > 0.6 * (high - low) else "white"
+            axis.text(x, y - lift, f"{value:.{self.digits}f}", color=color, **center)
+            for action in [] if self.best is None else self.best[:, state].nonzero().flatten().tolist():
+                _arrow(axis, x, y + 0.15, self.ways[action], color)
+        axis.set(xticks=range(self.shape[1]), yticks=range(self.shape[0]))
+        axis.tick_params(labelsize=7, length=0)
+        axis.set_title(title, fontsize=10)
+
+
+def _arrow(axis: Axes, x: float, y: float, way: tuple[float, float], color: str) -> None:
+    dx, dy = way
+    if way == (0.0, 0.0):
+        axis.plot(x, y, "o", color=color, markersize=5)
+        return
+    style = {"arrowstyle": "-|>,head_width=0.18,head_length=0.3", "color": color, "shrinkA": 0, "shrinkB": 0}
+    axis.annotate("", xy=(x + 0.27 * dx, y + 0.27 * dy), xytext=(x, y), arrowprops=style)
+
+
+def draw_gridworlds(random_big: Tensor, best_big: Tensor, random_small: Tensor) -> Figure:
+    """Examples 3.5, 3.8 and 4.1: what a policy is worth, and what the best one is."""
+    figure, axes = pyplot().subplots(1, 4, figsize=(16, 4.4), layout="constrained")
+    big, small, corners = gridworld(), small_gridworld(), idle_states(small_gridworld())
+    nowhere = torch.zeros(25, dtype=torch.bool)
+    one = "Ex. 3.5: v of the random policy, gamma = 0.9\nA (top, 2nd) pays +10, B (top, 4th) +5"
+    Grid((5, 5), random_big, nowhere, digits=1).draw(axes[0], one)
+    two = "Ex. 3.8: v* and every optimal action\nA is worth 24.4, not 10: one comes back to it"
+    Grid((5, 5), best_big, nowhere, best_actions(big, best_big, 0.9), digits=1).draw(axes[1], two)
+    three = "Ex. 4.1: v of the random policy, undiscounted:\nminus the expected steps to a corner"
+    Grid((4, 4), random_small, corners, digits=0).draw(axes[2], three)
+    four = "Ex. 4.1: greedy for the values on the left:\none improvement step, and already optimal"
+    Grid((4, 4), random_small, corners, best_actions(small, random_small, 1.0), digits=0).draw(axes[3], four)
+    return figure
+
+
+def draw_gambler(mdp: MDP, final: Tensor) -> Figure:
+    """Example 4.3: sweeps of value iteration, and all stakes that are optimal."""
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(12.4, 4.6), layout="constrained")
+    capital = torch.arange(1, 100)
+    for step, color in zip(value_iteration(mdp, 1.0), ("#c6dbef", "#6baed6", "#2171b5"), strict=False):
+        left.step(capital, step.backup[1:-1], color=color, where="mid", label=f"after sweep {step.work}")
+    left.plot(capital, final[1:-1], color="#d62728", label="v* (probability of reaching 100)")
+    left.set(xlabel="capital (dollars)", ylabel="value")
+    left.set_title("Gambler's problem, p(heads) = 0.4: how do values spread from the goal?", fontsize=11)
+    best = best_actions(mdp, final, 1.0)[:, 1:-1]  # (50, 99)
+    stakes, where = best.nonzero().T
+    right.plot(where + 1, stakes + 1, ".", color="#9ecae1", markersize=5, label="every optimal stake")
+    smallest = best.to(torch.uint8).argmax(0) + 1
+    right.step(capital, smallest, color="#d62728", linewidth=1.2, where="mid", label="the smallest of them")
+    right.set(xlabel="capital (dollars)", ylabel="stake (dollars)")
+    right.set_title("Is the optimal policy unique? No, many stakes tie", fontsize=11)
+    for axis in (left, right):
+        axis.legend(fontsize=9, frameon=False, loc="upper left")
+        axis.grid(alpha=0.25)
+    return figure
+
+
+def draw_car_rental(policies: list[Tensor], values: Tensor) -> Figure:
+    """Example 4.2, as Figure 4.2: five policies in turn, and the value of the last."""
+    plt, side = pyplot(), MAX_CARS + 1
+    figure, axes = plt.subplots(2, 3, figsize=(12, 9), layout="constrained", sharex=True, sharey=True)
+    levels = {"cmap": plt.get_cmap("RdBu_r", 2 * MAX_MOVED + 1), "vmin": -MAX_MOVED - 0.5, "vmax": MAX_MOVED + 0.5}
+    for i, (axis, policy) in enumerate(zip(axes.flat[:5], policies, strict=False)):
+        moved = (policy - MAX_MOVED).view(side, side)
+        image = axis.imshow(moved, origin="lower", **levels)
+        for level in moved.unique().tolist():
+            cells = (moved == level).nonzero().to(DTYPE)
+            y, x = cells[(cells - cells.mean(0)).norm(dim=1).argmin()]
+            axis.text(x, y, str(level), ha="center", va="center", color="white" if abs(level) > 3 else "black")
+        note = " (start: move nothing)" if i == 0 else " (optimal)" if i == len(policies) - 1 else ""
+        axis.set_title(f"pi_{i}{note}", fontsize=11)
+    label = "cars moved overnight from location 1 to location 2"
+    figure.colorbar(image, ax=axes, location="bottom", shrink=0.5, aspect=40, ticks=range(-5, 6), label=label)
+    last = axes.flat[5]
+    last.imshow(values.view(side, side), origin="lower", cmap="viridis")
+    last.clabel(last.contour(values.view(side, side), colors="white", linewidths=0.8), fontsize=9, fmt="%.0f")
+    last.set_title(f"v* (dollars): {float(values[0]):.0f} to {float(values[-1]):.0f}", fontsize=11)
+    for axis in axes[-1]:
+        axis.set(xlabel="cars at location 2 in the evening", xticks=range(0, side, 5))
+    for axis in axes[:, 0]:
+        axis.set(ylabel="cars at location 1 in the evening", yticks=range(0, side, 5))
+    figure.suptitle("Jack's car rental: on which policy does policy iteration settle?", fontsize=13, fontweight="bold")
+    return figure
+
+
+def draw_toy_text(solutions: dict[str, Tensor]) -> Figure:
+    """Optimal values and actions where slipping decides how near to danger one should walk; and a slice of Taxi."""
+    figure = pyplot().figure(figsize=(14, 8.8), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(1.5, 1))
+    axes = [*above.subplots(1, 3), *below.subplots(1, 2)]
+    names = ("FrozenLake-v1", "FrozenLake8x8-v1", "CliffWalking-v1", "CliffWalkingSlippery-v1")
+    for axis, env_id in zip([*axes[:2], *axes[3:]], names, strict=True):
+        env = gym.make(env_id)
+        draw_values(axis, env, from_gymnasium(env), solutions[env_id], 0.99, env_id)
+    draw_taxi(axes[2], solutions["Taxi-v4"])
+    title = "What is each state worth, and where to go? gamma = 0.99; hatched: nothing to decide (hole, cliff, goal)"
+    figure.suptitle(title, fontweight="bold")
+    return figure
+
+
+def draw_taxi(axis: Axes, values: Tensor) -> None:
+    """The 25 taxi positions with the passenger waiting at Y and the destination B, and the walls between them."""
+    env: Any = gym.make("Taxi-v4").unwrapped
+    mdp = from_gymnasium(env)
+    states = torch.tensor([env.encode(row, column, 2, 3) for row in range(5) for column in range(5)])
+    best = best_actions(mdp, values, 0.99)[:, states]
+    ways = [(0.0, 1.0), (0.0, -1.0), (1.0, 0.0), (-1.0, 0.0), (0.0, 0.0), (0.0, 0.0)]  # south, north, east, west, ...
+    title = "Taxi-v4, passenger waiting at the dot\n(walls red; 25 of 500 states)"
+    Grid((5, 5), values[states], torch.zeros(25, dtype=torch.bool), best, ways, digits=1).draw(axis, title)
+    for row, column in itertools.product(range(5), range(4)):
+        if env.desc[1 + row, 2 + 2 * column] == b"|":
+            axis.plot([column + 0.5] * 2, [row - 0.5, row + 0.5], color="red", linewidth=3)
+
+
+def draw_values(axis: Axes, env: gym.Env, mdp: MDP, values: Tensor, gamma: float, title: str) -> None:
+    """v* on the map of the environment where it has one, otherwise sorted."""
+    if (found := map_of(env)) is None:
+        axis.plot(values.sort(descending=True).values, color=COLORS["value iteration, span"])
+        axis.set(xlabel="state, best first", ylabel="v*")
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.25)
+        return
+    shape, letters = found
+    best, digits = best_actions(mdp, values, gamma), 2 if float(values.abs().max()) < 2 else 0
+    Grid(shape, values, idle_states(mdp), best, directions(mdp, shape[1]), letters, digits).draw(axis, title)
+
+
+def draw_bounds(axis: Axes, solutions: dict[str, Solution], tolerance: float) -> None:
+    """Certified error against work, both logarithmic."""
+    for name, solution in solutions.items():
+        points = [(row["work"], row["error_bound"]) for row in solution.trace if row["error_bound"] > 0]
+        label = f"{name}: {solution.work:,.0f}" + ("" if solution.error_bound <= tolerance else " (not there)")
+        marker = "o" if len(points) < 12 else ""
+        axis.plot(*zip(*points, strict=True), color=COLORS[name], label=label, marker=marker, markersize=4)
+    axis.axhline(tolerance, color="black", linestyle=":", linewidth=1)
+    axis.set(xscale="log", yscale="log", ylabel="certified error of the values")
+    axis.set_xlabel("work (full sweeps over all states and actions)")
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8.5, title="sweeps to the dotted tolerance", title_fontsize=8.5, loc="lower left")
+
+
+def draw_solvers(solvers: dict[str, dict[str, Solution]], n_states: int) -> Figure:
+    """When is which method fast?"""
+    figure, axes = pyplot().subplots(1, 2, figsize=(13.4, 5), layout="constrained")
+    kinds = {"fast mixing": "random sparse MDP", "slow mixing": "slippery grid"}
+    for axis, (name, solutions) in zip(axes, solvers.items(), strict=True):
+        draw_bounds(axis, solutions, SOLVER_TOLERANCE)
+        axis.set_title(f"{name}: {kinds[name]}, {n_states:,} states, gamma = {SOLVER_GAMMAS[name]}", fontsize=11)
+    title = "Which method is fast where? The span bound pays where the chain mixes; the mixture needs no such luck"
+    figure.suptitle(title, fontweight="bold")
+    return figure
+
+
+def draw_environment(
+    env: gym.Env,
+    mdp: MDP,
+    solutions: dict[str, Solution],
+    curve: list[dict[str, Any]],
+    row: dict[str, Any],
+    args: Args,
+) -> Figure:
+    """The main picture: values and actions, certified errors of all methods, return of the greedy policy on the way."""
+    figure, (left, middle, right) = pyplot().subplots(1, 3, figsize=(17, 5.4), layout="constrained")
+    title = "What is each state worth, and where to go?\n(hatched: nothing to decide)"
+    draw_values(left, env, mdp, solutions["mixed policy iteration"].values, args.gamma, title)
+    draw_bounds(middle, solutions, args.tolerance)
+    middle.set_title("How much work until the error is certified?", fontsize=10)
+    sweeps, returns = zip(*((point["step"], point["return"]) for point in curve), strict=True)
+    right.plot(sweeps, returns, color="#1f77b4", marker="o", markersize=3, label="greedy policy after that sweep")
+    right.axhline(
+        row["best_return"], color="black", linestyle=":", label=f"best, knowing the time: {row['best_return']:.4g}"
+    )
+    right.axhline(
+        row["random_return"], color="#d62728", linestyle=":", label=f"random policy: {row['random_return']:.4g}"
+    )
+    right.set(xscale="log", xlabel="sweep of value iteration", ylabel=f"expected return in {row['horizon']} steps")
+    right.set_title("When is the policy good? Long before the values are", fontsize=10)
+    right.grid(alpha=0.25)
+    right.legend(fontsize=9, frameon=False)
+    earned = f"return {row['return']:.4g}, simulated {row['simulated_return']:.4g}"
+    figure.suptitle(f"{args.env_id}, gamma = {args.gamma}: {earned}", fontweight="bold")
+    return figure
+
+
+if __name__ == "__main__":
+    lesson.main(__file__)
