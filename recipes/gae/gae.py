@@ -1,0 +1,661 @@
+"""Generalized advantage estimation: how much to trust the critic, and how much the rewards that really came.
+
+A policy gradient multiplies grad log pi(a_t | s_t) by an estimate of the advantage A(s_t, a_t) = Q(s_t, a_t) - V(s_t).
+With a critic V that is not exact there is a choice. The one-step residual
+
+    delta_t = r_{t+1} + gamma V(s_{t+1}) - V(s_t)                                          Schulman et al. 2016, eq. 9
+
+has a small spread and all of the critic's bias. The return minus V(s_t) has no bias and all of the spread of a whole
+episode. GAE(gamma, lambda) averages over everything in between: the exponentially weighted mean of the n-step
+advantages, which telescopes to a sum of residuals,
+
+    A_t = (1 - lambda) (A_t^(1) + lambda A_t^(2) + lambda^2 A_t^(3) + ...)                  eq. 16, first line
+        = sum_k (gamma lambda)^k delta_{t+k},                                               eq. 16, last line
+
+and is computed from the back: A_t = delta_t + gamma lambda A_{t+1}. GAE(0) is delta_t (eq. 17), GAE(1) is the Monte Carlo
+return minus V(s_t) (eq. 18). A_t + V(s_t) is the lambda-return of Sutton & Barto (2nd ed., eq. 12.2), which is why the
+sum also serves as the critic's target. (John Schulman et al., "High-Dimensional Continuous Control Using Generalized
+Advantage Estimation", ICLR 2016, arXiv:1506.02438.)
+
+Where an episode ends, two questions have two different answers:
+
+                                      terminated     truncated (time limit), or the batch ends
+    bootstrap from V(s_{t+1})?        no, it is 0    yes, from the observation the action reached
+    does A_{t+1} flow into A_t?       no             no
+
+What the run shows:
+1. On the 19-state random walk (Sutton & Barto, Example 7.1) with a critic that is known to be wrong, bias and spread of
+   GAE for each lambda: exactly, by linear equations, and measured from sampled episodes.
+2. What each mistake at an episode's end does to the advantages of the steps before it.
+3. Return on CartPole for each lambda, over many seeds that train side by side, with 95 % confidence intervals.
+
+How this differs from the papers and from common code: the walk is discounted (gamma < 1), as GAE is used; the book's is
+not. The policy of the walk is fixed, so an "advantage" there is the lambda-return's deviation from the critic. CartPole
+is trained with one gradient step per batch (A2C with Adam), not with TRPO as in the paper nor with PPO. `gae` takes the
+value of the observation that each action *reached*, one per step; CleanRL takes the value of the next row instead and
+treats truncation as termination, Stable-Baselines3 adds gamma V(final observation) to the reward. On the data of each
+the results are the same to the last bit (row loop).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers import TimeLimit
+from torch import Tensor
+
+from llmcore_hf import lesson
+from llmcore_hf.checks import Check
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from llmcore_hf.run_dir import RunDirectory
+
+
+@dataclass
+class Args(lesson.LessonArguments):
+    lambdas: list[float] = field(
+        default_factory=lambda: [0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 1.0],
+        metadata={"help": "Values of lambda to compare, ascending, each in [0, 1]."},
+    )
+    gamma: float = field(default=0.99, metadata={"help": "Discount, in [0, 1)."})
+    critic_scale: float = field(
+        default=0.5, metadata={"help": "Critic of the walk = this times the exact values: 1 is perfect, 0 untrained."}
+    )
+    walk_episodes: int = field(
+        default=50_000, metadata={"help": "Sampled episodes per starting state of the walk and per lambda."}
+    )
+    env_id: str = field(
+        default="CartPole-v1",
+        metadata={"help": "Gymnasium environment with discrete actions and a flat Box of observations."},
+    )
+    num_seeds: int = field(default=20, metadata={"help": "Independent training runs per lambda, 5 at least."})
+    total_timesteps: int = field(default=200_000, metadata={"help": "Steps of the environment per training run."})
+    num_envs: int = field(default=8, metadata={"help": "Parallel environments per training run."})
+    num_steps: int = field(default=64, metadata={"help": "Steps per environment between two updates."})
+    learning_rate: float = field(default=5e-3, metadata={"help": "Adam's learning rate; it falls linearly to 0."})
+    hidden_size: int = field(default=64, metadata={"help": "Width of the two hidden layers of actor and critic."})
+    ent_coef: float = field(default=0.01, metadata={"help": "Weight of the entropy bonus."})
+    vf_coef: float = field(default=0.5, metadata={"help": "Weight of the critic's loss."})
+    max_grad_norm: float = field(default=0.5, metadata={"help": "Gradients are clipped to this norm, run by run."})
+
+    def problems(self) -> list[str]:
+        found = []
+        if not 0 <= self.gamma < 1:
+            found.append(f"--gamma {self.gamma}: a discount is in [0, 1)")
+        if not self.lambdas or not all(0 <= lam <= 1 for lam in self.lambdas):
+            found.append(f"--lambdas {_spaced(self.lambdas)}: give at least one number, each in [0, 1]")
+        elif self.lambdas != sorted(set(self.lambdas)):
+            found.append(f"--lambdas {_spaced(self.lambdas)}: they must ascend, each given once")
+        if not math.isfinite(self.critic_scale):
+            found.append(f"--critic_scale {self.critic_scale}: must be a finite number")
+        for name in ("num_envs", "num_steps", "hidden_size"):
+            if getattr(self, name) < 1:
+                found.append(f"--{name} {getattr(self, name)}: must be at least 1")
+        if self.walk_episodes < 2:
+            found.append(f"--walk_episodes {self.walk_episodes}: a spread needs at least 2")
+        if self.num_seeds < 5:
+            found.append(f"--num_seeds {self.num_seeds}: a confidence interval needs at least 5 runs")
+        if min(self.num_envs, self.num_steps) > 0 and self.total_timesteps < 10 * self.num_envs * self.num_steps:
+            found.append(
+                f"--total_timesteps {self.total_timesteps}: must allow 10 updates of --num_envs times --num_steps, "
+                f"that is {10 * self.num_envs * self.num_steps}"
+            )
+        for name in ("learning_rate", "max_grad_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                found.append(f"--{name} {getattr(self, name)}: must be a finite number above 0")
+        for name in ("ent_coef", "vf_coef"):
+            if not 0 <= getattr(self, name) < math.inf:
+                found.append(f"--{name} {getattr(self, name)}: must be a finite number, 0 or more")
+        return found + _environment_problems(self.env_id)
+
+
+def _spaced(numbers: list[float]) -> str:
+    return " ".join(f"{number:g}" for number in numbers)
+
+
+def _environment_problems(env_id: str) -> list[str]:
+    try:
+        env = gym.make(env_id)
+    except gym.error.Error as error:
+        return [f"--env_id {env_id}: Gymnasium cannot make it ({error})"]
+    actions, observations = env.action_space, env.observation_space
+    env.close()
+    if not isinstance(actions, gym.spaces.Discrete):
+        return [f"--env_id {env_id}: its actions are {actions}, and the policy here chooses among discrete ones"]
+    if not isinstance(observations, gym.spaces.Box) or len(observations.shape) != 1:
+        return [f"--env_id {env_id}: its observations are {observations}, and the networks here take a flat Box"]
+    return []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The estimator
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Measured with T = 2048, float32, one core of a Xeon; ms, median of 25:
+#     N                            1       8      64     128     256    1024    4096
+#     torch loop, row by row    70      71     119     119     118     125     240
+#     numpy loop, row by row     1.6     1.7     2.1     2.2     2.9    15      43
+#     backward_rows below        2.9     1.0     1.1     1.3     1.6     8.2    18
+#     backward_scan below        0.10    0.14    0.57    1.0     2.1    (grows with N log T)
+FEW_ENVS = 64  # up to here the scan is faster
+CHUNK = 2**17  # elements that are worked on at a time, so that they stay in the cache between two passes
+
+
+def td_residuals(rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, gamma: float) -> Tensor:
+    """delta_t = r_{t+1} + gamma V(s_{t+1}) - V(s_t), where V of a terminal state is 0 whatever the critic says. # (T, N)"""
+    return torch.where(terminated, 0.0, next_values).mul_(gamma).add_(rewards).sub_(values)
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    gamma: float,
+    lam: float,
+) -> Tensor:
+    """Advantages A_t = delta_t + gamma lambda (1 - done_t) A_{t+1} of T steps in N environments.
+
+    Args:
+        rewards: (T, N), float32 or float64; the reward that followed the action of step t.
+        values: (T, N), V of the observation at step t.
+        next_values: (T, N), V of the observation that the action *reached*: at truncation the final observation of the
+            episode and not the first one of the next episode, in the last row the observation after the batch.
+            Ignored where `terminated`.
+        terminated: (T, N) bool, the environment reached a terminal state.
+        truncated: (T, N) bool, the episode was cut short (time limit).
+        gamma, lam: discount and lambda.
+
+    Returns:
+        (T, N), without gradient.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    rewards, values, next_values = _checked(rewards, values, next_values, terminated, truncated)
+    steps, envs = rewards.shape
+    backward = backward_scan if envs <= FEW_ENVS or rewards.device.type != "cpu" else backward_rows
+    advantages = torch.empty_like(rewards, memory_format=torch.contiguous_format)
+    following = torch.zeros_like(rewards[0])  # (N,) A_{t+1} of the last row; next_values bootstraps there
+    rows = max(1, CHUNK // envs)
+    for end in range(steps, 0, -rows):
+        part = slice(max(0, end - rows), end)
+        deltas = td_residuals(rewards[part], values[part], next_values[part], terminated[part], gamma)
+        weights = (~(terminated[part] | truncated[part])).to(deltas.dtype).mul_(gamma * lam)
+        advantages[part] = backward(deltas, weights, following)
+        following = advantages[part][0]
+    return advantages
+
+
+def _checked(rewards: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    values, next_values, terminated, truncated = others
+    if rewards.ndim != 2 or 0 in rewards.shape or any(other.shape != rewards.shape for other in others):
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (rewards, *others))
+        raise ValueError(f"gae takes five tensors of one shape (T, N), not {shapes}")
+    if terminated.dtype != torch.bool or truncated.dtype != torch.bool:
+        raise ValueError(f"terminated and truncated must be bool, not {terminated.dtype} and {truncated.dtype}")
+    if rewards.dtype not in (torch.float32, torch.float64) or {values.dtype, next_values.dtype} != {rewards.dtype}:
+        raise ValueError(
+            f"rewards, values and next_values must share float32 or float64, not {rewards.dtype}, {values.dtype} and "
+            f"{next_values.dtype}"
+        )
+    return rewards.detach(), values.detach(), next_values.detach()
+
+
+def backward_rows(deltas: Tensor, weights: Tensor, following: Tensor) -> Tensor:
+    """A_t = delta_t + w_t A_{t+1}, row by row, as every reference does. Works in place on CPU memory. # (T, N)
+
+    numpy, because a call costs it a third of what it costs torch, and at one call per row that is what counts.
+    """
+    rows, factors, later = deltas.numpy(), weights.numpy(), following.numpy()
+    for row, factor in zip(rows[::-1], factors[::-1], strict=True):
+        np.multiply(factor, later, out=factor)
+        np.add(row, factor, out=row)
+        later = row
+    return deltas
+
+
+def backward_scan(deltas: Tensor, weights: Tensor, following: Tensor) -> Tensor:
+    """The same by doubling: after pass k each row holds the sum over its next 2^k rows. log2(T) passes. # (T, N)
+
+    The sum of two neighbouring spans is sum_1 + (product of the weights of span 1) sum_2, which is associative: a
+    parallel scan (Hillis & Steele 1986; Blelloch 1990). More arithmetic than the row loop, fewer calls, any device.
+    """
+    sums = deltas.clone()
+    sums[-1] += weights[-1] * following
+    span = 1
+    while span < len(sums):
+        longer = sums.clone()
+        longer[:-span].addcmul_(weights[: len(sums) - span], sums[span:])
+        sums, weights, span = longer, weights[:-span] * weights[span:], 2 * span
+    return sums
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The random walk: exact bias and spread, and the same by sampling
+# ---------------------------------------------------------------------------------------------------------------------
+
+STATES = 19  # Sutton & Barto, Example 7.1: left or right with probability 1/2, -1 beyond the left end, +1 beyond the right
+HORIZON = 500  # longest sampled episode; about 2 in 1000 are longer, and gamma^500 = .0066 of the critic's error remains
+BATCH = 250  # episodes per state sampled at a time
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The walk with its critic. Index 0 of the last axis means a step to the left, 1 to the right."""
+
+    transitions: Tensor  # (S, S) probabilities among non-terminal states
+    values: Tensor  # (S,) exact
+    critic: Tensor  # (S,) wrong on purpose
+    gamma: float
+
+    @classmethod
+    def make(cls, gamma: float, critic_scale: float) -> Walk:
+        transitions = torch.zeros(STATES, STATES, dtype=torch.float64)
+        transitions.diagonal(1).fill_(0.5)
+        transitions.diagonal(-1).fill_(0.5)
+        rewards = torch.zeros(STATES, dtype=torch.float64)  # expected
+        rewards[0], rewards[-1] = -0.5, 0.5
+        values = torch.linalg.solve(torch.eye(STATES, dtype=torch.float64) - gamma * transitions, rewards)
+        return cls(transitions, values, critic_scale * values, gamma)
+
+    def outcomes(self) -> tuple[Tensor, Tensor]:
+        """Per state and direction: reward - (S, 2) - and the critic's value of where it leads - (S, 2)."""
+        rewards = torch.zeros(STATES, 2, dtype=torch.float64)
+        rewards[0, 0], rewards[-1, 1] = -1.0, 1.0
+        return rewards, _left_right(self.critic)
+
+
+def _left_right(x: Tensor) -> Tensor:
+    """x of the left and of the right neighbour, 0 beyond the ends: (S,) -> (S, 2)."""
+    padded = torch.nn.functional.pad(x, (1, 1))
+    return torch.stack([padded[:-2], padded[2:]], dim=1)
+
+
+def exact_moments(walk: Walk, lam: float) -> tuple[Tensor, Tensor]:
+    """Bias of the lambda-return A + critic as an estimate of v, and standard deviation of A, per starting state.
+
+    A(s) = delta + c A(s') with c = gamma lambda and s' independent of what follows, so that both moments solve linear
+    equations:  m = E[delta] + c P m   and   q = E[delta^2 + 2 c delta m(s')] + c^2 P q.
+
+    Returns:
+        (S,) bias and (S,) standard deviation, float64.
+    """
+    c = walk.gamma * lam
+    rewards, reached = walk.outcomes()
+    deltas = rewards + walk.gamma * reached - walk.critic[:, None]  # (S, 2)
+    eye = torch.eye(STATES, dtype=torch.float64)
+    mean = torch.linalg.solve(eye - c * walk.transitions, deltas.mean(1))
+    squares = (deltas.square() + 2 * c * deltas * _left_right(mean)).mean(1)
+    second = torch.linalg.solve(eye - c * c * walk.transitions, squares)
+    return mean + walk.critic - walk.values, (second - mean.square()).clamp(min=0).sqrt()
+
+
+def bias_formula(walk: Walk, lam: float) -> Tensor:
+    """The same bias in closed form: the discounted error of the critic along the way. # (S,)
+
+    gamma (1 - lambda) P (I - gamma lambda P)^{-1} (critic - v): each n-step return bootstraps once, from the critic.
+    """
+    system = torch.eye(STATES, dtype=torch.float64) - walk.gamma * lam * walk.transitions
+    error = torch.linalg.solve(system, walk.critic - walk.values)
+    return walk.gamma * (1 - lam) * walk.transitions @ error
+
+
+def sample_episodes(walk: Walk, per_state: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """`per_state` episodes from every state, side by side: what `gae` takes, (T, S * per_state).
+
+    A column goes on after its episode has ended; nothing of that flows back past the end.
+    """
+    start = torch.arange(STATES).repeat_interleave(per_state)  # (N,)
+    moves = 2 * torch.randint(0, 2, (HORIZON, len(start)), generator=generator, dtype=torch.int32) - 1
+    positions = torch.cat([start[None], start + moves.cumsum(0)])  # (T + 1, N)
+    values = walk.critic[positions.clamp(0, STATES - 1)]
+    right, left = positions[1:] >= STATES, positions[1:] < 0  # (T, N)
+    truncated = torch.zeros_like(right)
+    truncated[-1] = True
+    return {
+        "rewards": right.double() - left.double(),
+        "values": values[:-1],
+        "next_values": values[1:],
+        "terminated": right | left,
+        "truncated": truncated,
+    }
+
+
+@dataclass
+class Measured:
+    """Means of powers 1 to 4 of A_0 over sampled episodes, (4, lambdas, S)."""
+
+    powers: Tensor
+    episodes: int
+
+    def mean(self) -> Tensor:
+        return self.powers[0]
+
+    def variance(self) -> Tensor:
+        return self.powers[1] - self.powers[0].square()
+
+    def standard_errors(self) -> tuple[Tensor, Tensor]:
+        """Of the mean and of the variance, the latter from the fourth central moment."""
+        m1, m2, m3, m4 = self.powers
+        fourth = m4 - 4 * m3 * m1 + 6 * m2 * m1.square() - 3 * m1.pow(4)
+        variance = self.variance()
+        return (variance / self.episodes).sqrt(), ((fourth - variance.square()) / self.episodes).sqrt()
+
+
+def sample_moments(walk: Walk, lambdas: list[float], episodes: int, seed: int) -> Measured:
+    """Moments of `gae` at the first step of at least `episodes` sampled episodes per state and lambda."""
+    generator = torch.Generator().manual_seed(seed)
+    exponents = torch.arange(1, 5, dtype=torch.float64)[:, None, None]
+    batches = -(-episodes // BATCH)
+    total = torch.zeros(4, len(lambdas), STATES, dtype=torch.float64)
+    for _ in range(batches):
+        batch = sample_episodes(walk, BATCH, generator)
+        for i, lam in enumerate(lambdas):
+            first = gae(**batch, gamma=walk.gamma, lam=lam)[0].view(STATES, BATCH)
+            total[:, i] += first.pow(exponents).mean(2)
+    return Measured(total / batches, batches * BATCH)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where episodes end
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class WalkEnv(gym.Env):
+    """The same walk as a Gymnasium environment: an observation is the state's number, the one action says nothing."""
+
+    def __init__(self) -> None:
+        self.observation_space, self.action_space = gym.spaces.Discrete(STATES + 2, start=-1), gym.spaces.Discrete(1)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.state = STATES // 2
+        return self.state, {}
+
+    def step(self, action: int) -> tuple[int, float, bool, bool, dict[str, Any]]:
+        self.state += 1 if self.np_random.random() < 0.5 else -1
+        reward = float(self.state == STATES) - float(self.state == -1)
+        return self.state, reward, reward != 0, False, {}
+
+
+def reached_observations(observations: np.ndarray, infos: dict[str, Any]) -> np.ndarray:
+    """What the actions reached, whichever way a vector environment resets itself. # (N, ...)
+
+    With `AutoresetMode.NEXT_STEP` `step` returns it. With `SAME_STEP` `step` already returns the first observation of the
+    next episode, and the one that was reached is `infos["final_obs"]`: to bootstrap from the former is a common mistake.
+    """
+    reached = observations.copy()
+    for i in np.flatnonzero(infos.get("_final_obs", [])):
+        reached[i] = infos["final_obs"][i]
+    return reached
+
+
+def record_walk(walk: Walk, mode: AutoresetMode, seed: int, envs: int = 8, steps: int = 400) -> dict[str, Tensor]:
+    """Steps of vectorized walks with a time limit of 60: what `gae` takes, and `real`, each (T, N).
+
+    `real` is False where NEXT_STEP spent the step on a reset: no transition, the action had no effect.
+    """
+    env = SyncVectorEnv([lambda: TimeLimit(WalkEnv(), 60)] * envs, autoreset_mode=mode)
+    observations, _ = env.reset(seed=seed)
+    resetting = np.zeros(envs, dtype=bool)
+    rows = []
+    for _ in range(steps):
+        following, rewards, terminated, truncated, infos = env.step(np.zeros(envs, dtype=np.int64))
+        reached = reached_observations(following, infos)
+        rows.append((rewards, observations, reached, terminated, truncated, ~resetting))
+        observations = following
+        resetting = (terminated | truncated) & (mode == AutoresetMode.NEXT_STEP)
+    names = ("rewards", "values", "next_values", "terminated", "truncated", "real")
+    record = {name: torch.from_numpy(np.stack(column)) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+    for name in ("values", "next_values"):
+        record[name] = walk.critic[record[name].clamp(0, STATES - 1)]
+    return record
+
+
+def finished_advantages(record: dict[str, Tensor], gamma: float, lam: float) -> list[Tensor]:
+    """Per environment, the advantages of all real steps up to the end of its last finished episode."""
+    batch = {name: tensor for name, tensor in record.items() if name != "real"}
+    advantages = gae(**batch, gamma=gamma, lam=lam)
+    done = record["terminated"] | record["truncated"]
+    finished = []
+    for advantage, ends, real in zip(advantages.T, done.T, record["real"].T, strict=True):
+        stop = int(ends[real].nonzero().max()) + 1
+        finished.append(advantage[real][:stop])
+    return finished
+
+
+def returns_to_go(record: dict[str, Tensor], gamma: float) -> Tensor:
+    """Discounted return of every step, summed forward step by step; a cut episode adds the value it was cut at. # (T, N)"""
+    done = record["terminated"] | record["truncated"]
+    steps, envs = done.shape
+    returns = torch.zeros(steps, envs, dtype=torch.float64)
+    for t in range(steps):
+        running = torch.ones(envs, dtype=torch.bool)
+        for k in range(t, steps):
+            returns[t] += running * gamma ** (k - t) * record["rewards"][k]
+            cut = running & ~record["terminated"][k] & (record["truncated"][k] | torch.tensor(k == steps - 1))
+            returns[t] += cut * gamma ** (k - t + 1) * record["next_values"][k]
+            running &= ~done[k]
+            if not running.any():
+                break
+    return returns
+
+
+EPISODE = 12  # steps of each episode of the timeline
+SURPRISE, SURPRISE_AT = 3.0, 2 * EPISODE + 5
+
+
+def timeline(gamma: float) -> dict[str, Tensor]:
+    """Three episodes with a reward of 1 per step and a critic that is exact, (T, 1): what `gae` takes.
+
+    The first terminates after 12 steps, which the critic knows. The second would go on for ever and is truncated by a
+    time limit. The third is of the second kind, is cut by the end of the batch, and holds one reward nobody could
+    foresee. So all residuals are 0 but one.
+    """
+    alive = 1 / (1 - gamma)
+    dying = (1 - gamma ** torch.arange(EPISODE, -1, -1, dtype=torch.float64)) / (1 - gamma)  # (EPISODE + 1,)
+    values = torch.cat([dying[:-1], torch.full((2 * EPISODE,), alive, dtype=torch.float64)])
+    next_values = torch.cat([dying[1:], torch.full((2 * EPISODE,), alive, dtype=torch.float64)])
+    rewards = torch.ones(3 * EPISODE, dtype=torch.float64)
+    rewards[SURPRISE_AT] += SURPRISE
+    terminated, truncated = torch.zeros(2, 3 * EPISODE, dtype=torch.bool)
+    terminated[EPISODE - 1] = truncated[2 * EPISODE - 1] = True
+    columns = (rewards, values, next_values, terminated, truncated)
+    names = ("rewards", "values", "next_values", "terminated", "truncated")
+    return {name: column[:, None] for name, column in zip(names, columns, strict=True)}
+
+
+def timeline_advantages(gamma: float, lam: float) -> dict[str, Tensor]:
+    """Advantages of the timeline done right, and with each of three common mistakes. # (T,) each"""
+    right = timeline(gamma)
+    nothing = torch.zeros_like(right["terminated"])
+    done = right["terminated"] | right["truncated"]
+    following = torch.cat([right["values"][1:], right["next_values"][-1:]])  # the next row, reset or not
+    mistakes = {
+        "right": right,
+        "truncation treated as termination": {**right, "terminated": done},
+        "bootstrap from the observation after the reset": {
+            **right,
+            "next_values": following,
+            "terminated": nothing,
+            "truncated": done,
+        },
+        "recursion not cut where an episode ends": {
+            **right,
+            "next_values": torch.where(right["terminated"], 0.0, right["next_values"]),
+            "terminated": nothing,
+            "truncated": nothing,
+        },
+    }
+    return {name: gae(**batch, gamma=gamma, lam=lam)[:, 0] for name, batch in mistakes.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CartPole: all training runs side by side
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_network(runs: int, sizes: list[int], last_gain: float, generator: torch.Generator) -> list[Tensor]:
+    """Weights (R, in, out) and biases (R, 1, out) of R independent networks, layer by layer, orthogonal."""
+    parameters = []
+    for layer, (n_in, n_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        gain = last_gain if layer == len(sizes) - 2 else math.sqrt(2)
+        weights = torch.empty(runs, n_out, n_in)
+        for weight in weights:
+            torch.nn.init.orthogonal_(weight, gain, generator=generator)
+        parameters += [weights.mT.contiguous().requires_grad_(), torch.zeros(runs, 1, n_out, requires_grad=True)]
+    return parameters
+
+
+def forward(parameters: list[Tensor], x: Tensor) -> Tensor:
+    """R networks at once, tanh between layers: (R, B, in) -> (R, B, out)."""
+    for layer in range(0, len(parameters), 2):
+        x = torch.baddbmm(parameters[layer + 1], x if layer == 0 else x.tanh(), parameters[layer])
+    return x
+
+
+@dataclass
+class Rollout:
+    """`num_steps` steps of all R runs; T steps, E environments each."""
+
+    observations: Tensor  # (R, T + 1, E, O)
+    actions: Tensor  # (R, T, E)
+    rewards: Tensor  # (T, R, E)
+    terminated: Tensor  # (T, R, E)
+    truncated: Tensor  # (T, R, E)
+    real: Tensor  # (R, T, E) False where the step was spent on a reset
+
+
+class Sampler:
+    """Steps a vector environment of R * E copies and keeps count of returns.
+
+    Its environments reset with `AutoresetMode.NEXT_STEP`: the step after the end of an episode is the reset. Row t + 1 then
+    holds the observation that step t reached, so next_values are simply the values of the next row; the reset itself is
+    no transition and is left out of the loss (`real`).
+    """
+
+    def __init__(self, env_id: str, runs: int, envs: int, seed: int) -> None:
+        self.env = gym.make_vec(env_id, num_envs=runs * envs)
+        mode = self.env.metadata["autoreset_mode"]
+        assert mode == AutoresetMode.NEXT_STEP, f"{env_id} resets with {mode}"
+        self.shape = (runs, envs)
+        self.observations, _ = self.env.reset(seed=seed)
+        self.resetting = np.zeros(runs * envs, dtype=bool)
+        self.returns = np.zeros(runs * envs)
+        self.latest = torch.full((runs,), math.nan)  # (R,) mean return of the episodes that finished last
+
+    def collect(self, actor: list[Tensor], steps: int, generator: torch.Generator) -> Rollout:
+        rows, finished = [], []
+        for _ in range(steps):
+            observations = torch.from_numpy(self.observations).view(*self.shape, -1)  # (R, E, O)
+            probabilities = forward(actor, observations).softmax(-1).flatten(0, 1)  # (R * E, actions)
+            actions = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+            following, rewards, terminated, truncated, _ = self.env.step(actions.numpy())
+            columns = (rewards.astype(np.float32), terminated, truncated, ~self.resetting)
+            rows.append((observations, actions.view(self.shape), *(torch.from_numpy(c).view(self.shape) for c in columns)))
+            self.resetting = terminated | truncated
+            self.returns += rewards
+            finished.append(np.where(self.resetting, self.returns, math.nan))
+            self.returns[self.resetting] = 0.0
+            self.observations = following
+        self._note(np.stack(finished))
+        observations, actions, rewards, terminated, truncated, real = (torch.stack(c) for c in zip(*rows, strict=True))
+        last = torch.from_numpy(self.observations).view(1, *self.shape, -1)
+        observations = torch.cat([observations, last]).transpose(0, 1)
+        return Rollout(observations, actions.transpose(0, 1), rewards, terminated, truncated, real.transpose(0, 1))
+
+    def _note(self, finished: np.ndarray) -> None:
+        """Update `latest`; `finished` is (T, R * E), NaN where no episode ended."""
+        runs, envs = self.shape
+        means = torch.from_numpy(finished).view(-1, runs, envs).transpose(0, 1).flatten(1).nanmean(1).float()
+        self.latest = torch.where(means.isnan(), self.latest, means)
+
+
+def rollout_advantages(rollout: Rollout, values: Tensor, lambdas: list[float], gamma: float) -> Tensor:
+    """GAE of all runs, those with the same lambda together; values are (R, T + 1, E). # (R, T, E)"""
+    by_step = values.transpose(0, 1)  # (T + 1, R, E)
+    steps = (rollout.rewards, by_step[:-1], by_step[1:], rollout.terminated, rollout.truncated)
+    groups = zip(lambdas, zip(*(tensor.chunk(len(lambdas), dim=1) for tensor in steps), strict=True), strict=True)
+    advantages = [
+        gae(*(tensor.flatten(1) for tensor in group), gamma=gamma, lam=lam).view_as(group[0]) for lam, group in groups
+    ]
+    return torch.cat(advantages, dim=1).transpose(0, 1)
+
+
+def a2c_loss(
+    actor: list[Tensor], critic: list[Tensor], rollout: Rollout, values: Tensor, advantages: Tensor, args: Args
+) -> Tensor:
+    """Sum over runs of: -log pi(a|s) A - ent_coef entropy + vf_coef (V - (A_gae + V_old))^2, mean over real steps.
+
+    A is the advantage, shifted and scaled to mean 0 and standard deviation 1 within its run, as is usual in PPO: with it
+    one learning rate serves all lambdas, whose advantages differ in size.
+    """
+    inputs = rollout.observations[:, :-1].flatten(1, 2)  # (R, T * E, O)
+    real = rollout.real.flatten(1).float()  # (R, T * E)
+    count = real.sum(1, keepdim=True)
+    targets, advantages = (values[:, :-1] + advantages).flatten(1), advantages.flatten(1)
+    centred = advantages - (advantages * real).sum(1, keepdim=True) / count
+    scale = ((centred.square() * real).sum(1, keepdim=True) / count).sqrt() + 1e-8
+    logprobs = forward(actor, inputs).log_softmax(-1)  # (R, T * E, actions)
+    chosen = logprobs.gather(-1, rollout.actions.flatten(1)[..., None])[..., 0]
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    error = forward(critic, inputs)[..., 0] - targets
+    loss = -chosen * centred / scale - args.ent_coef * entropy + args.vf_coef * error.square()
+    return (loss * real / count).sum()
+
+
+def clip_each_run(parameters: list[Tensor], max_norm: float) -> None:
+    """Scale the gradients of each run to a norm of at most `max_norm`."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    squares = torch.stack([gradient.square().sum((1, 2)) for gradient in gradients])  # (parameters, R)
+    scale = (max_norm / (squares.sum(0).sqrt() + 1e-8)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(scale[:, None, None])
+
+
+def train(args: Args, run_dir: RunDirectory) -> tuple[Tensor, Tensor]:
+    """Train `num_seeds` runs for every lambda side by side; what one run does never depends on another's data.
+
+    Returns:
+        (U,) steps of the environment so far, and (U, lambdas, seeds) mean return of the latest finished episodes.
+    """
+    runs = len(args.lambdas) * args.num_seeds
+    generator = torch.Generator().manual_seed(args.seed)
+    sampler = Sampler(args.env_id, runs, args.num_envs, args.seed)
+    n_observed = sampler.env.single_observation_space.shape[0]
+    hidden = [n_observed, args.hidden_size, args.hidden_size]
+    actor = make_network(runs, [*hidden, int(sampler.env.single_action_space.n)], 0.01, generator)
+    critic = make_network(runs, [*hidden, 1], 1.0, generator)
+    optimizer = torch.optim.Adam(actor + critic, lr=args.learning_rate, eps=1e-5)
+    updates = args.total_timesteps // (args.num_envs * args.num_steps)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1.0 / updates, total_iters=updates - 1)
+    curve = []
+    for update in range(updates):
+        with torch.no_grad():
+            rollout = sampler.collect(actor, args.num_steps, generator)
+            values = forward(critic, rollout.observations.flatten(1, 2)).view(rollout.observations.shape[:3])
+            advantages = rollout_advantages(rollout, values, args.lambdas, args.gamma)
+        loss = a2c_loss(actor, critic, rollout, values, advantages, args)
+        optimizer.zero_grad()
+        loss.backward()
+        clip_each_run(actor + critic, args.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        curve.append(sampler.latest.view(len(args.lambdas), args.num_seeds).clone())
+        by_lambda = zip(args.lambdas, curve[-1].nanmean(1).tolist(), strict=True)
+        row = {f"return/lambda_{lam:g}": mean for lam, mean in by_lambda}
+        run_dir.log({"step": (update + 1) * args.num_envs * args.num_steps, **row})
+    sampler.env.close()
+    steps = torch.arange(1, updates + 1) * args.num_envs * args.num_steps
+    return steps, torch.stack(curve)
