@@ -245,8 +245,12 @@ def backward_scan(deltas: Tensor, weights: Tensor, following: Tensor) -> Tensor:
 # The random walk: exact bias and spread, and the same by sampling
 # ---------------------------------------------------------------------------------------------------------------------
 
-STATES = 19  # Sutton & Barto, Example 7.1: left or right with probability 1/2, -1 beyond the left end, +1 beyond the right
-HORIZON = 500  # longest sampled episode; about 2 in 1000 are longer, and gamma^500 = .0066 of the critic's error remains
+STATES = (
+    19  # Sutton & Barto, Example 7.1: left or right with probability 1/2, -1 beyond the left end, +1 beyond the right
+)
+HORIZON = (
+    500  # longest sampled episode; about 2 in 1000 are longer, and gamma^500 = .0066 of the critic's error remains
+)
 BATCH = 250  # episodes per state sampled at a time
 
 
@@ -417,7 +421,9 @@ def record_walk(walk: Walk, mode: AutoresetMode, seed: int, envs: int = 8, steps
         observations = following
         resetting = (terminated | truncated) & (mode == AutoresetMode.NEXT_STEP)
     names = ("rewards", "values", "next_values", "terminated", "truncated", "real")
-    record = {name: torch.from_numpy(np.stack(column)) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+    record = {
+        name: torch.from_numpy(np.stack(column)) for name, column in zip(names, zip(*rows, strict=True), strict=True)
+    }
     for name in ("values", "next_values"):
         record[name] = walk.critic[record[name].clamp(0, STATES - 1)]
     return record
@@ -436,19 +442,19 @@ def finished_advantages(record: dict[str, Tensor], gamma: float, lam: float) -> 
 
 
 def returns_to_go(record: dict[str, Tensor], gamma: float) -> Tensor:
-    """Discounted return of every step, summed forward step by step; a cut episode adds the value it was cut at. # (T, N)"""
-    done = record["terminated"] | record["truncated"]
-    steps, envs = done.shape
-    returns = torch.zeros(steps, envs, dtype=torch.float64)
-    for t in range(steps):
-        running = torch.ones(envs, dtype=torch.bool)
-        for k in range(t, steps):
-            returns[t] += running * gamma ** (k - t) * record["rewards"][k]
-            cut = running & ~record["terminated"][k] & (record["truncated"][k] | torch.tensor(k == steps - 1))
-            returns[t] += cut * gamma ** (k - t + 1) * record["next_values"][k]
-            running &= ~done[k]
-            if not running.any():
-                break
+    """Discounted return of every step, each summed on its own; a cut episode adds the value it was cut at. # (T, N)"""
+    rewards, terminated = record["rewards"], record["terminated"]
+    ends = terminated | record["truncated"]  # (T, N)
+    ends[-1] = True  # of the batch
+    returns = torch.empty_like(rewards)
+    for i in range(rewards.shape[1]):
+        start = 0
+        for end in ends[:, i].nonzero()[:, 0].tolist():
+            tail = 0.0 if terminated[end, i] else record["next_values"][end, i]
+            for t in range(start, end + 1):
+                powers = gamma ** torch.arange(end - t + 2, dtype=torch.float64)
+                returns[t, i] = powers[:-1] @ rewards[t : end + 1, i] + powers[-1] * tail
+            start = end + 1
     return returns
 
 
@@ -563,7 +569,9 @@ class Sampler:
             actions = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
             following, rewards, terminated, truncated, _ = self.env.step(actions.numpy())
             columns = (rewards.astype(np.float32), terminated, truncated, ~self.resetting)
-            rows.append((observations, actions.view(self.shape), *(torch.from_numpy(c).view(self.shape) for c in columns)))
+            rows.append(
+                (observations, actions.view(self.shape), *(torch.from_numpy(c).view(self.shape) for c in columns))
+            )
             self.resetting = terminated | truncated
             self.returns += rewards
             finished.append(np.where(self.resetting, self.returns, math.nan))
@@ -659,3 +667,388 @@ def train(args: Args, run_dir: RunDirectory) -> tuple[Tensor, Tensor]:
     sampler.env.close()
     steps = torch.arange(1, updates + 1) * args.num_envs * args.num_steps
     return steps, torch.stack(curve)
+
+
+def mean_interval(samples: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over the last axis and half the width of its 95 % confidence interval, for 5 or more samples.
+
+    Student's t, whose quantile comes from its expansion around the normal one (Abramowitz & Stegun 26.7.5), right to
+    .01 from 4 degrees of freedom on.
+    """
+    n = samples.shape[-1]
+    z, v = 1.959964, n - 1
+    t = z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
+    t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
+    return samples.mean(-1), t * samples.std(-1) / math.sqrt(n)
+
+
+@dataclass
+class Summary:
+    """One number per training run, (lambdas, seeds)."""
+
+    whole: Tensor  # mean over all updates: how fast it learned
+    first: Tensor  # mean over the first tenth of the updates
+    last: Tensor  # mean over the last tenth: how well it ended
+
+    @classmethod
+    def of(cls, curve: Tensor) -> Summary:
+        tenth = max(1, len(curve) // 10)
+        return cls(curve.nanmean(0), curve[:tenth].nanmean(0), curve[-tenth:].nanmean(0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------------------------
+
+BIAS, SPREAD, ERROR = "#d62728", "#1f77b4", "#333333"
+
+
+def _subplots(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, np.ndarray]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False, **options)
+
+
+def _colors(lambdas: list[float]) -> list[Any]:
+    import matplotlib
+
+    return list(matplotlib.colormaps["viridis_r"](np.linspace(0.1, 1.0, len(lambdas))))
+
+
+def draw_bias_and_spread(walk: Walk, lambdas: list[float], measured: Measured) -> Figure:
+    """Left: exact bias, spread and error of one estimate with dots from samples. Right: the error of averages."""
+    figure, axes = _subplots(1, 2, 12, 4.6)
+    left, right = axes[0]
+    dense = sorted({*np.linspace(lambdas[0], lambdas[-1], 200).tolist(), *lambdas})
+    places = np.interp(dense, lambdas, range(len(lambdas)))
+    moments = [exact_moments(walk, lam) for lam in dense]
+    bias = np.array([bias.square().mean().sqrt().item() for bias, _ in moments])
+    spread = np.array([std.square().mean().sqrt().item() for _, std in moments])
+    found = {
+        BIAS: _rms_without_noise(walk, measured),
+        SPREAD: measured.variance().mean(1).sqrt(),
+    }
+    for values, color, label in ((bias, BIAS, "bias"), (spread, SPREAD, "standard deviation")):
+        left.plot(places, values, color=color, label=f"{label}, exact")
+        left.plot(range(len(lambdas)), found[color], "o", color=color, label=f"{label}, sampled")
+    left.plot(places, np.hypot(bias, spread), "--", color=ERROR, label="error of one estimate, exact")
+    left.set_title("What does lambda trade? (RMS over the 19 states)")
+    for count, style in ((1, "--"), (10, "-."), (100, "-")):
+        error = np.hypot(bias, spread / math.sqrt(count))
+        right.plot(places, error, style, color=ERROR, label=f"mean of {count}" if count > 1 else "one estimate")
+        best = int(error.argmin())
+        right.plot(places[best], error[best], "*", color="#ff7f0e", markersize=15)
+        right.annotate(
+            f"{dense[best]:.2f}", (places[best], error[best]), (0, -16), textcoords="offset points", ha="center"
+        )
+    right.plot([], [], "*", color="#ff7f0e", markersize=12, linestyle="", label="best lambda")
+    right.set_title("More samples per update: which lambda is best?")
+    for axis in (left, right):
+        axis.set_xticks(range(len(lambdas)), [f"{lam:g}" for lam in lambdas])
+        axis.set_xlabel("lambda (not to scale)")
+        axis.set_ylabel("units of return")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=9)
+    return figure
+
+
+def _rms_without_noise(walk: Walk, measured: Measured) -> Tensor:
+    """RMS over states of the sampled bias; the variance of the sample mean, which would add to it, is taken off."""
+    bias = measured.mean() + walk.critic - walk.values  # (lambdas, S)
+    noise = measured.standard_errors()[0].square()
+    return (bias.square() - noise).mean(1).clamp(min=0).sqrt()
+
+
+def draw_weights(lambdas: list[float], gamma: float) -> Figure:
+    """Left: weight of the n-step advantages in GAE. Right: weight of the residuals."""
+    figure, axes = _subplots(1, 2, 12, 4.2)
+    left, right = axes[0]
+    n = np.arange(1, 41)
+    for lam, color in zip(lambdas, _colors(lambdas), strict=True):
+        if lam < 1:
+            left.plot(n, (1 - lam) * lam ** (n - 1), ".-", color=color, label=f"{lam:g}  (mean n = {1 / (1 - lam):g})")
+        right.plot(n - 1, (gamma * lam) ** (n - 1.0), ".-", color=color, label=f"{lam:g}")
+    left.set_title("How much of each n-step advantage is in GAE?")
+    left.set_xlabel("n: steps of real reward before the critic takes over")
+    left.set_ylabel("weight (1 - lambda) lambda^(n-1)")
+    left.set_yscale("log")
+    left.set_ylim(1e-4, 1.5)
+    left.legend(title="lambda", fontsize=9)
+    right.set_title(f"How far does a surprise reach back? (gamma = {gamma:g})")
+    right.set_xlabel("k: steps from the action to the residual")
+    right.set_ylabel("weight (gamma lambda)^k")
+    right.legend(title="lambda", fontsize=9)
+    for axis in (left, right):
+        axis.grid(alpha=0.25)
+    return figure
+
+
+def draw_boundaries(advantages: dict[str, Tensor]) -> Figure:
+    """The timeline's advantages: right on top, then with each mistake."""
+    figure, axes = _subplots(len(advantages), 1, 11, 8.4, sharex=True)
+    right = advantages["right"].numpy()
+    steps = np.arange(len(right))
+    for axis, (name, tensor) in zip(axes[:, 0], advantages.items(), strict=True):
+        wrong = ~np.isclose(tensor.numpy(), right)
+        axis.bar(steps, tensor.numpy(), color=np.where(wrong, BIAS, "#2ca02c"), width=0.8)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_title("Done right" if name == "right" else f"Mistake: {name}", loc="left", fontsize=11)
+        axis.set_ylabel("advantage")
+        axis.margins(y=0.15)
+        for end in (EPISODE, 2 * EPISODE):
+            axis.axvline(end - 0.5, color="black", linestyle=":")
+    labels = ("episode 1: TERMINATED", "episode 2: TRUNCATED", "episode 3: cut by the end of the batch")
+    for i, label in enumerate(labels):
+        axes[0, 0].text((i + 0.5) * EPISODE - 0.5, 1.28, label, ha="center", transform=axes[0, 0].get_xaxis_transform())
+    top = axes[0, 0]
+    arrow = {"arrowstyle": "->"}
+    place = (SURPRISE_AT + 1.2, right.max() * 0.55)
+    top.annotate("a reward nobody\ncould foresee", (SURPRISE_AT + 0.4, right.max() * 0.8), place, arrowprops=arrow)
+    axes[-1, 0].set_xlabel(
+        "step of the batch (the critic is exact: every advantage but those before the surprise is 0)"
+    )
+    return figure
+
+
+def draw_returns(steps: Tensor, curve: Tensor, lambdas: list[float], env_id: str) -> Figure:
+    """Left: return during training with 95 % intervals over seeds. Right: the same as one number per lambda."""
+    figure, axes = _subplots(1, 2, 13, 5)
+    left, right = axes[0]
+    for i, (lam, color) in enumerate(zip(lambdas, _colors(lambdas), strict=True)):
+        mean, half = mean_interval(curve[:, i])
+        left.plot(steps, mean, color=color, label=f"{lam:g}")
+        left.fill_between(steps, mean - half, mean + half, color=color, alpha=0.18, linewidth=0)
+    left.set_title(f"{env_id}: does lambda matter for learning?")
+    left.set_xlabel("environment steps per training run")
+    left.set_ylabel("return of the latest finished episodes")
+    left.legend(title="lambda", fontsize=9, loc="upper left")
+    summary = Summary.of(curve)
+    rows = (
+        (summary.whole, "mean over all of training", "o", "#7f7f7f", -0.1),
+        (summary.last, "last tenth", "s", "black", 0.1),
+    )
+    for values, label, marker, color, shift in rows:
+        mean, half = mean_interval(values)
+        places = np.arange(len(lambdas)) + shift
+        right.errorbar(places, mean, half, fmt=marker, color=color, capsize=4, label=label)
+        for place, runs in zip(places, values, strict=True):
+            right.plot([place] * len(runs), runs, ".", color=color, alpha=0.25, markersize=4)
+    right.set_xticks(range(len(lambdas)), [f"{lam:g}" for lam in lambdas])
+    right.set_title(f"Mean and 95 % interval over {curve.shape[2]} seeds (dots: single runs)")
+    right.set_xlabel("lambda")
+    right.set_ylabel("return")
+    right.legend(fontsize=9, loc="upper left")
+    for axis in (left, right):
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.25)
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def estimator_checks(walk: Walk, seed: int) -> list[Check]:
+    """Identities of the estimator, on recorded steps with terminations and truncations."""
+    record = record_walk(walk, AutoresetMode.SAME_STEP, seed)
+    batch = {name: tensor for name, tensor in record.items() if name != "real"}
+    deltas = td_residuals(*(batch[name] for name in ("rewards", "values", "next_values", "terminated")), walk.gamma)
+    at_0 = (gae(**batch, gamma=walk.gamma, lam=0.0) - deltas).abs().max().item()
+    monte_carlo = returns_to_go(record, walk.gamma) - record["values"]
+    at_1 = (gae(**batch, gamma=walk.gamma, lam=1.0) - monte_carlo).abs().max().item()
+    weights = 0.9 * (~(batch["terminated"] | batch["truncated"])).double()
+    zero = torch.zeros_like(deltas[0])
+    by_scan = backward_scan(deltas, weights, zero)
+    by_rows = backward_rows(deltas.clone(), weights.clone(), zero)
+    ways = (by_scan - by_rows).abs().max().item()
+    return [
+        Check(
+            "gae.lambda_0_is_the_td_residual",
+            "invariant",
+            at_0 == 0.0,
+            {"largest_difference": at_0},
+            "0: GAE(gamma, 0) = delta_t (eq. 17)",
+            "lambda = 0 时 GAE 就是单步 TD 残差；不等说明递推在 lambda = 0 时仍带进了后面的步。",
+            "With lambda = 0 GAE is the one-step residual; if not, later steps flow in although their weight is 0.",
+        ),
+        Check(
+            "gae.lambda_1_is_monte_carlo_minus_v",
+            "invariant",
+            at_1 < 1e-12,
+            {"largest_difference": at_1},
+            "below 1e-12: GAE(gamma, 1) = return - V(s_t) (eq. 18), every return summed on its own",
+            "lambda = 1 时各步的 V 前后相消，只剩回报减 V(s_t)；不等说明掩码、折扣或截断处的自举有误。",
+            "With lambda = 1 the values cancel and leave the return minus V(s_t); if not, a mask, the discount or the "
+            "bootstrap at a truncation is wrong.",
+        ),
+        Check(
+            "gae.scan_equals_row_loop",
+            "invariant",
+            ways < 1e-12,
+            {"largest_difference": ways},
+            "below 1e-12 in float64",
+            "并行扫描与逐行循环是同一个递推，只是加法次序不同。",
+            "The parallel scan and the row loop are one recursion; only the order of additions differs.",
+        ),
+    ]
+
+
+def boundary_checks(walk: Walk, advantages: dict[str, Tensor], lam: float, seed: int) -> list[Check]:
+    """Terminated and truncated on the timeline against closed forms; both ways of resetting a vector environment."""
+    expected = torch.zeros(3 * EPISODE, dtype=torch.float64)
+    before = torch.arange(SURPRISE_AT - 2 * EPISODE, -1, -1, dtype=torch.float64)  # steps until the surprise
+    expected[2 * EPISODE : SURPRISE_AT + 1] = SURPRISE * (walk.gamma * lam) ** before
+    errors = {name: (tensor - expected).abs().max().item() for name, tensor in advantages.items()}
+    tolerance = 1e-12 / (1 - walk.gamma)  # the values are up to 1 / (1 - gamma)
+    modes = [
+        finished_advantages(record_walk(walk, mode, seed), walk.gamma, lam)
+        for mode in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP)
+    ]
+    pairs = [(a, b[: len(a)]) for a, b in zip(*modes, strict=True)]
+    apart = max((a - b).abs().max().item() for a, b in pairs)
+    return [
+        Check(
+            "gae.terminated_and_truncated",
+            "invariant",
+            errors["right"] < tolerance,
+            {f"largest_error, {name}": error for name, error in errors.items()},
+            f"right: below {tolerance:.0e} (0 in episodes 1 and 2, {SURPRISE:g} (gamma lambda)^k before the surprise)",
+            "critic 精确时，除意外奖励之前的几步外优势都应为 0：终止不自举，截断用最后观测的 V 自举，两者都切断递推。",
+            "With an exact critic every advantage is 0 but those before the surprise: no bootstrap at termination, "
+            "V of the final observation at truncation, and the recursion is cut at both.",
+        ),
+        Check(
+            "gae.both_autoreset_modes_agree",
+            "invariant",
+            apart < 1e-12,
+            {"largest_difference": apart, "steps_compared": sum(len(a) for a, _ in pairs)},
+            "below 1e-12: the same episodes, recorded with NEXT_STEP and with SAME_STEP",
+            "同样的回合，无论向量环境以哪种方式自动重置，优势必须相同；不同说明用了重置后的观测来自举，或把重置步当成了转移。",
+            "The same episodes give the same advantages whichever way the vector environment resets; if not, the value "
+            "of a reset observation was used, or a reset was taken for a transition.",
+        ),
+    ]
+
+
+Z_BOUND = 5.0
+
+
+def walk_checks(walk: Walk, lambdas: list[float], measured: Measured) -> list[Check]:
+    """Sampled against exact moments, the closed form of the bias, and the trade."""
+    moments = [exact_moments(walk, lam) for lam in lambdas]
+    bias = torch.stack([bias for bias, _ in moments])  # (lambdas, S)
+    std = torch.stack([std for _, std in moments])
+    of_mean, of_variance = measured.standard_errors()
+    z_mean = ((measured.mean() + walk.critic - walk.values - bias) / of_mean).abs().max().item()
+    z_variance = ((measured.variance() - std.square()) / of_variance).abs().max().item()
+    formula = torch.stack([bias_formula(walk, lam) for lam in lambdas])
+    apart = (formula - bias).abs().max().item()
+    rms_bias, rms_std = bias.square().mean(1).sqrt(), std.square().mean(1).sqrt()
+    falls = bool((rms_bias.diff() <= 1e-12).all() and (rms_std.diff() > 0).all())
+    return [
+        Check(
+            "gae.sampled_moments_are_exact",
+            "invariant",
+            z_mean < Z_BOUND and z_variance < Z_BOUND,
+            {"z_of_means": z_mean, "z_of_variances": z_variance, "episodes_per_state": measured.episodes},
+            f"{2 * bias.numel()} sampled means and variances within {Z_BOUND:g} standard errors of the linear equations",
+            "gae 在采样回合上的均值与方差应与线性方程的精确解一致；偏离说明估计器或掩码有误。",
+            "Mean and variance of `gae` over sampled episodes agree with the linear equations; if not, the estimator "
+            "or a mask is wrong.",
+        ),
+        Check(
+            "gae.bias_is_the_critics_error",
+            "invariant",
+            apart < 1e-12,
+            {"largest_difference": apart, "rms_bias": dict(zip(map(str, lambdas), rms_bias.tolist(), strict=True))},
+            "below 1e-12: gamma (1 - lambda) P (I - gamma lambda P)^-1 (critic - v)",
+            "偏差只来自 critic 的误差，按 (1 - lambda) 加权；lambda = 1 时为 0。",
+            "All bias comes from the critic's error, weighted with 1 - lambda; with lambda = 1 it is 0.",
+        ),
+        Check(
+            "gae.bias_falls_and_spread_rises",
+            "learning",
+            falls,
+            {"rms_bias": _rounded(rms_bias), "rms_standard_deviation": _rounded(rms_std)},
+            "from one lambda to the next the RMS bias does not rise and the RMS standard deviation rises",
+            "lambda 越大，偏差越小、方差越大，这就是 GAE 的取舍；不成立时看看 --critic_scale。",
+            "The larger lambda, the smaller the bias and the larger the spread: that is the trade. If not, look at "
+            "--critic_scale.",
+        ),
+    ]
+
+
+def training_check(summary: Summary, lambdas: list[float]) -> Check:
+    """Did the lambda that ended best learn? Which one that is, the check leaves open."""
+    gain, half = mean_interval(summary.last - summary.first)
+    best = int(summary.last.mean(1).argmax())
+    low = (gain - half)[best].item()
+    return Check(
+        "gae.return_rose",
+        "learning",
+        low > 0,
+        {
+            "lambda": lambdas[best],
+            "return_last_tenth": summary.last[best].mean().item(),
+            "gain": gain[best].item(),
+            "gain_low": low,
+        },
+        "95 % interval over seeds of the gain, last tenth minus first tenth of training, lies above 0",
+        "最好的 lambda 也没有让回报显著上升：检查优势的符号、学习率与训练步数。",
+        "Even the best lambda did not clearly raise the return: look at the advantage's sign, the learning rate and the "
+        "number of steps.",
+    )
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [round(value, 4) for value in values.tolist()]
+
+
+def results(args: Args, walk: Walk, measured: Measured, summary: Summary) -> dict[str, Any]:
+    """The tables of the lesson: the walk and the environment, one row per lambda."""
+    moments = [exact_moments(walk, lam) for lam in args.lambdas]
+    sampled_bias = _rms_without_noise(walk, measured)
+    table = []
+    for i, (lam, (bias, std)) in enumerate(zip(args.lambdas, moments, strict=True)):
+        row = {
+            "lambda": lam,
+            "bias": bias.square().mean().sqrt().item(),
+            "bias_sampled": sampled_bias[i].item(),
+            "standard_deviation": std.square().mean().sqrt().item(),
+            "standard_deviation_sampled": measured.variance()[i].mean().sqrt().item(),
+        }
+        row["error"] = math.hypot(row["bias"], row["standard_deviation"])
+        for name, values in (("whole", summary.whole), ("last_tenth", summary.last)):
+            mean, half = mean_interval(values[i])
+            row[f"return_{name}"] = {"mean": mean.item(), "ci95": [(mean - half).item(), (mean + half).item()]}
+        table.append(row)
+    return {"env_id": args.env_id, "seeds": args.num_seeds, "gamma": args.gamma, "by_lambda": table}
+
+
+def run(args: Args, run_dir: RunDirectory) -> None:
+    """Exact and sampled moments on the walk, the timeline of mistakes, training for each lambda, then the evidence."""
+    walk = Walk.make(args.gamma, args.critic_scale)
+    measured = sample_moments(walk, args.lambdas, args.walk_episodes, args.seed)
+    timeline_lambda = 0.9
+    advantages = timeline_advantages(args.gamma, timeline_lambda)
+    run_dir.checks += estimator_checks(walk, args.seed)
+    run_dir.checks += boundary_checks(walk, advantages, timeline_lambda, args.seed)
+    run_dir.checks += walk_checks(walk, args.lambdas, measured)
+    run_dir.write("bias_and_spread.png", lesson.png(draw_bias_and_spread(walk, args.lambdas, measured)))
+    run_dir.write("weights.png", lesson.png(draw_weights(args.lambdas, args.gamma)))
+    run_dir.write("boundaries.png", lesson.png(draw_boundaries(advantages)))
+
+    steps, curve = train(args, run_dir)
+    summary = Summary.of(curve)
+    run_dir.checks.append(training_check(summary, args.lambdas))
+    run_dir.write("training_curves.png", lesson.png(draw_returns(steps, curve, args.lambdas, args.env_id)))
+    run_dir.write("results.json", json.dumps(results(args, walk, measured, summary), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    lesson.main(__file__)
