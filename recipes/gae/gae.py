@@ -39,6 +39,7 @@ the results are the same to the last bit (row loop).
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import dataclass, field
@@ -64,7 +65,11 @@ if TYPE_CHECKING:
 class Args(lesson.LessonArguments):
     lambdas: list[float] = field(
         default_factory=lambda: [0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 1.0],
-        metadata={"help": "Values of lambda to compare, ascending, each in [0, 1]."},
+        metadata={"help": "Values of lambda to compare on the walk, ascending, each in [0, 1]."},
+    )
+    train_lambdas: list[float] = field(
+        default_factory=lambda: [0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 1.0],
+        metadata={"help": "Values of lambda to train with, ascending, each in [0, 1]."},
     )
     gamma: float = field(default=0.99, metadata={"help": "Discount, in [0, 1)."})
     critic_scale: float = field(
@@ -91,10 +96,12 @@ class Args(lesson.LessonArguments):
         found = []
         if not 0 <= self.gamma < 1:
             found.append(f"--gamma {self.gamma}: a discount is in [0, 1)")
-        if not self.lambdas or not all(0 <= lam <= 1 for lam in self.lambdas):
-            found.append(f"--lambdas {_spaced(self.lambdas)}: give at least one number, each in [0, 1]")
-        elif self.lambdas != sorted(set(self.lambdas)):
-            found.append(f"--lambdas {_spaced(self.lambdas)}: they must ascend, each given once")
+        for name in ("lambdas", "train_lambdas"):
+            lambdas = getattr(self, name)
+            if not lambdas or not all(0 <= lam <= 1 for lam in lambdas):
+                found.append(f"--{name} {_spaced(lambdas)}: give at least one number, each in [0, 1]")
+            elif lambdas != sorted(set(lambdas)):
+                found.append(f"--{name} {_spaced(lambdas)}: they must ascend, each given once")
         if not math.isfinite(self.critic_scale):
             found.append(f"--critic_scale {self.critic_scale}: must be a finite number")
         for name in ("num_envs", "num_steps", "hidden_size"):
@@ -459,27 +466,38 @@ def returns_to_go(record: dict[str, Tensor], gamma: float) -> Tensor:
 
 
 EPISODE = 12  # steps of each episode of the timeline
-SURPRISE, SURPRISE_AT = 3.0, 2 * EPISODE + 5
+SURPRISE_AT = 2 * EPISODE + 5
+TIMELINE_LAMBDA = 0.9
 
 
 def timeline(gamma: float) -> dict[str, Tensor]:
     """Three episodes with a reward of 1 per step and a critic that is exact, (T, 1): what `gae` takes.
 
-    The first terminates after 12 steps, which the critic knows. The second would go on for ever and is truncated by a
-    time limit. The third is of the second kind, is cut by the end of the batch, and holds one reward nobody could
-    foresee. So all residuals are 0 but one.
+    The first terminates after 12 steps, as the critic knows. The second would go on for ever and is truncated by a time
+    limit. The third would terminate after 24 steps, the batch ends after 12; and it holds one reward nobody could
+    foresee. So all residuals are 0 but that one.
     """
-    alive = 1 / (1 - gamma)
-    dying = (1 - gamma ** torch.arange(EPISODE, -1, -1, dtype=torch.float64)) / (1 - gamma)  # (EPISODE + 1,)
-    values = torch.cat([dying[:-1], torch.full((2 * EPISODE,), alive, dtype=torch.float64)])
-    next_values = torch.cat([dying[1:], torch.full((2 * EPISODE,), alive, dtype=torch.float64)])
+    remaining = torch.arange(2 * EPISODE, -1, -1, dtype=torch.float64)
+    dying = (1 - gamma**remaining) / (1 - gamma)  # (2 * EPISODE + 1,)
+    alive = torch.full((EPISODE + 1,), 1 / (1 - gamma), dtype=torch.float64)
+    episodes = (dying[EPISODE:], alive, dying[: EPISODE + 1])  # values of all observations, the final one included
     rewards = torch.ones(3 * EPISODE, dtype=torch.float64)
-    rewards[SURPRISE_AT] += SURPRISE
+    rewards[SURPRISE_AT] += surprise(gamma)
     terminated, truncated = torch.zeros(2, 3 * EPISODE, dtype=torch.bool)
     terminated[EPISODE - 1] = truncated[2 * EPISODE - 1] = True
-    columns = (rewards, values, next_values, terminated, truncated)
-    names = ("rewards", "values", "next_values", "terminated", "truncated")
-    return {name: column[:, None] for name, column in zip(names, columns, strict=True)}
+    columns = {
+        "rewards": rewards,
+        "values": torch.cat([values[:-1] for values in episodes]),
+        "next_values": torch.cat([values[1:] for values in episodes]),
+        "terminated": terminated,
+        "truncated": truncated,
+    }
+    return {name: column[:, None] for name, column in columns.items()}
+
+
+def surprise(gamma: float) -> float:
+    """The unforeseen reward: half of what living for ever is worth."""
+    return 0.5 / (1 - gamma)
 
 
 def timeline_advantages(gamma: float, lam: float) -> dict[str, Tensor]:
@@ -515,7 +533,7 @@ def timeline_advantages(gamma: float, lam: float) -> dict[str, Tensor]:
 def make_network(runs: int, sizes: list[int], last_gain: float, generator: torch.Generator) -> list[Tensor]:
     """Weights (R, in, out) and biases (R, 1, out) of R independent networks, layer by layer, orthogonal."""
     parameters = []
-    for layer, (n_in, n_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for layer, (n_in, n_out) in enumerate(itertools.pairwise(sizes)):
         gain = last_gain if layer == len(sizes) - 2 else math.sqrt(2)
         weights = torch.empty(runs, n_out, n_in)
         for weight in weights:
@@ -638,7 +656,7 @@ def train(args: Args, run_dir: RunDirectory) -> tuple[Tensor, Tensor]:
     Returns:
         (U,) steps of the environment so far, and (U, lambdas, seeds) mean return of the latest finished episodes.
     """
-    runs = len(args.lambdas) * args.num_seeds
+    runs = len(args.train_lambdas) * args.num_seeds
     generator = torch.Generator().manual_seed(args.seed)
     sampler = Sampler(args.env_id, runs, args.num_envs, args.seed)
     n_observed = sampler.env.single_observation_space.shape[0]
@@ -653,15 +671,15 @@ def train(args: Args, run_dir: RunDirectory) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             rollout = sampler.collect(actor, args.num_steps, generator)
             values = forward(critic, rollout.observations.flatten(1, 2)).view(rollout.observations.shape[:3])
-            advantages = rollout_advantages(rollout, values, args.lambdas, args.gamma)
+            advantages = rollout_advantages(rollout, values, args.train_lambdas, args.gamma)
         loss = a2c_loss(actor, critic, rollout, values, advantages, args)
         optimizer.zero_grad()
         loss.backward()
         clip_each_run(actor + critic, args.max_grad_norm)
         optimizer.step()
         schedule.step()
-        curve.append(sampler.latest.view(len(args.lambdas), args.num_seeds).clone())
-        by_lambda = zip(args.lambdas, curve[-1].nanmean(1).tolist(), strict=True)
+        curve.append(sampler.latest.view(len(args.train_lambdas), args.num_seeds).clone())
+        by_lambda = zip(args.train_lambdas, curve[-1].nanmean(1).tolist(), strict=True)
         row = {f"return/lambda_{lam:g}": mean for lam, mean in by_lambda}
         run_dir.log({"step": (update + 1) * args.num_envs * args.num_steps, **row})
     sampler.env.close()
@@ -703,7 +721,7 @@ class Summary:
 BIAS, SPREAD, ERROR = "#d62728", "#1f77b4", "#333333"
 
 
-def _subplots(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, np.ndarray]:
+def _subplots(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -715,7 +733,7 @@ def _subplots(rows: int, columns: int, width: float, height: float, **options: A
 def _colors(lambdas: list[float]) -> list[Any]:
     import matplotlib
 
-    return list(matplotlib.colormaps["viridis_r"](np.linspace(0.1, 1.0, len(lambdas))))
+    return list(matplotlib.colormaps["viridis"](np.linspace(0.0, 0.88, len(lambdas))))
 
 
 def draw_bias_and_spread(walk: Walk, lambdas: list[float], measured: Measured) -> Figure:
@@ -723,7 +741,7 @@ def draw_bias_and_spread(walk: Walk, lambdas: list[float], measured: Measured) -
     figure, axes = _subplots(1, 2, 12, 4.6)
     left, right = axes[0]
     dense = sorted({*np.linspace(lambdas[0], lambdas[-1], 200).tolist(), *lambdas})
-    places = np.interp(dense, lambdas, range(len(lambdas)))
+    places = _stretched(dense)
     moments = [exact_moments(walk, lam) for lam in dense]
     bias = np.array([bias.square().mean().sqrt().item() for bias, _ in moments])
     spread = np.array([std.square().mean().sqrt().item() for _, std in moments])
@@ -733,7 +751,7 @@ def draw_bias_and_spread(walk: Walk, lambdas: list[float], measured: Measured) -
     }
     for values, color, label in ((bias, BIAS, "bias"), (spread, SPREAD, "standard deviation")):
         left.plot(places, values, color=color, label=f"{label}, exact")
-        left.plot(range(len(lambdas)), found[color], "o", color=color, label=f"{label}, sampled")
+        left.plot(_stretched(lambdas), found[color], "o", color=color, label=f"{label}, sampled")
     left.plot(places, np.hypot(bias, spread), "--", color=ERROR, label="error of one estimate, exact")
     left.set_title("What does lambda trade? (RMS over the 19 states)")
     for count, style in ((1, "--"), (10, "-."), (100, "-")):
@@ -747,13 +765,18 @@ def draw_bias_and_spread(walk: Walk, lambdas: list[float], measured: Measured) -
     right.plot([], [], "*", color="#ff7f0e", markersize=12, linestyle="", label="best lambda")
     right.set_title("More samples per update: which lambda is best?")
     for axis in (left, right):
-        axis.set_xticks(range(len(lambdas)), [f"{lam:g}" for lam in lambdas])
-        axis.set_xlabel("lambda (not to scale)")
+        axis.set_xticks(_stretched(lambdas), [f"{lam:g}" for lam in lambdas])
+        axis.set_xlabel("lambda (stretched towards 1)")
         axis.set_ylabel("units of return")
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.25)
         axis.legend(fontsize=9)
     return figure
+
+
+def _stretched(lambdas: list[float]) -> np.ndarray:
+    """Where on the axis: equal ratios of 1 - lambda are about equally far apart."""
+    return -np.log10(1.01 - np.array(lambdas))
 
 
 def _rms_without_noise(walk: Walk, measured: Measured) -> Tensor:
@@ -770,7 +793,9 @@ def draw_weights(lambdas: list[float], gamma: float) -> Figure:
     n = np.arange(1, 41)
     for lam, color in zip(lambdas, _colors(lambdas), strict=True):
         if lam < 1:
-            left.plot(n, (1 - lam) * lam ** (n - 1), ".-", color=color, label=f"{lam:g}  (mean n = {1 / (1 - lam):g})")
+            weights = (1 - lam) * lam ** (n - 1.0)
+            label = f"{lam:g}  (mean n = {1 / (1 - lam):.3g})"
+            left.plot(n[weights > 0], weights[weights > 0], ".-", color=color, label=label)
         right.plot(n - 1, (gamma * lam) ** (n - 1.0), ".-", color=color, label=f"{lam:g}")
     left.set_title("How much of each n-step advantage is in GAE?")
     left.set_xlabel("n: steps of real reward before the critic takes over")
@@ -789,7 +814,7 @@ def draw_weights(lambdas: list[float], gamma: float) -> Figure:
 
 def draw_boundaries(advantages: dict[str, Tensor]) -> Figure:
     """The timeline's advantages: right on top, then with each mistake."""
-    figure, axes = _subplots(len(advantages), 1, 11, 8.4, sharex=True)
+    figure, axes = _subplots(len(advantages), 1, 11, 8.4, sharex=True, sharey=True)
     right = advantages["right"].numpy()
     steps = np.arange(len(right))
     for axis, (name, tensor) in zip(axes[:, 0], advantages.items(), strict=True):
@@ -801,13 +826,13 @@ def draw_boundaries(advantages: dict[str, Tensor]) -> Figure:
         axis.margins(y=0.15)
         for end in (EPISODE, 2 * EPISODE):
             axis.axvline(end - 0.5, color="black", linestyle=":")
-    labels = ("episode 1: TERMINATED", "episode 2: TRUNCATED", "episode 3: cut by the end of the batch")
-    for i, label in enumerate(labels):
-        axes[0, 0].text((i + 0.5) * EPISODE - 0.5, 1.28, label, ha="center", transform=axes[0, 0].get_xaxis_transform())
     top = axes[0, 0]
-    arrow = {"arrowstyle": "->"}
-    place = (SURPRISE_AT + 1.2, right.max() * 0.55)
-    top.annotate("a reward nobody\ncould foresee", (SURPRISE_AT + 0.4, right.max() * 0.8), place, arrowprops=arrow)
+    labels = ("episode 1\nTERMINATED at its end", "episode 2\nTRUNCATED at its end", "episode 3\nthe batch ends")
+    for i, label in enumerate(labels):
+        place = ((i + 0.5) * EPISODE - 0.5, 0.06)
+        top.text(*place, label, ha="center", va="bottom", fontweight="bold", transform=top.get_xaxis_transform())
+    tip, place = (SURPRISE_AT + 0.4, right.max() * 0.8), (SURPRISE_AT + 1.5, right.max() * 0.8)
+    top.annotate("a reward nobody could foresee", tip, place, arrowprops={"arrowstyle": "->"}, va="center", fontsize=9)
     axes[-1, 0].set_xlabel(
         "step of the batch (the critic is exact: every advantage but those before the surprise is 0)"
     )
@@ -857,7 +882,7 @@ def estimator_checks(walk: Walk, seed: int) -> list[Check]:
     """Identities of the estimator, on recorded steps with terminations and truncations."""
     record = record_walk(walk, AutoresetMode.SAME_STEP, seed)
     batch = {name: tensor for name, tensor in record.items() if name != "real"}
-    deltas = td_residuals(*(batch[name] for name in ("rewards", "values", "next_values", "terminated")), walk.gamma)
+    deltas = td_residuals(batch["rewards"], batch["values"], batch["next_values"], batch["terminated"], walk.gamma)
     at_0 = (gae(**batch, gamma=walk.gamma, lam=0.0) - deltas).abs().max().item()
     monte_carlo = returns_to_go(record, walk.gamma) - record["values"]
     at_1 = (gae(**batch, gamma=walk.gamma, lam=1.0) - monte_carlo).abs().max().item()
@@ -902,7 +927,7 @@ def boundary_checks(walk: Walk, advantages: dict[str, Tensor], lam: float, seed:
     """Terminated and truncated on the timeline against closed forms; both ways of resetting a vector environment."""
     expected = torch.zeros(3 * EPISODE, dtype=torch.float64)
     before = torch.arange(SURPRISE_AT - 2 * EPISODE, -1, -1, dtype=torch.float64)  # steps until the surprise
-    expected[2 * EPISODE : SURPRISE_AT + 1] = SURPRISE * (walk.gamma * lam) ** before
+    expected[2 * EPISODE : SURPRISE_AT + 1] = surprise(walk.gamma) * (walk.gamma * lam) ** before
     errors = {name: (tensor - expected).abs().max().item() for name, tensor in advantages.items()}
     tolerance = 1e-12 / (1 - walk.gamma)  # the values are up to 1 / (1 - gamma)
     modes = [
@@ -917,7 +942,7 @@ def boundary_checks(walk: Walk, advantages: dict[str, Tensor], lam: float, seed:
             "invariant",
             errors["right"] < tolerance,
             {f"largest_error, {name}": error for name, error in errors.items()},
-            f"right: below {tolerance:.0e} (0 in episodes 1 and 2, {SURPRISE:g} (gamma lambda)^k before the surprise)",
+            f"right: below {tolerance:.0e} (0 in episodes 1 and 2, {surprise(walk.gamma):g} (gamma lambda)^k before the surprise)",
             "critic 精确时，除意外奖励之前的几步外优势都应为 0：终止不自举，截断用最后观测的 V 自举，两者都切断递推。",
             "With an exact critic every advantage is 0 but those before the surprise: no bootstrap at termination, "
             "V of the final observation at truncation, and the recursion is cut at both.",
@@ -1010,34 +1035,40 @@ def _rounded(values: Tensor) -> list[float]:
 
 
 def results(args: Args, walk: Walk, measured: Measured, summary: Summary) -> dict[str, Any]:
-    """The tables of the lesson: the walk and the environment, one row per lambda."""
+    """The two tables of the lesson, one row per lambda."""
     moments = [exact_moments(walk, lam) for lam in args.lambdas]
-    sampled_bias = _rms_without_noise(walk, measured)
-    table = []
-    for i, (lam, (bias, std)) in enumerate(zip(args.lambdas, moments, strict=True)):
-        row = {
-            "lambda": lam,
-            "bias": bias.square().mean().sqrt().item(),
-            "bias_sampled": sampled_bias[i].item(),
-            "standard_deviation": std.square().mean().sqrt().item(),
-            "standard_deviation_sampled": measured.variance()[i].mean().sqrt().item(),
-        }
-        row["error"] = math.hypot(row["bias"], row["standard_deviation"])
-        for name, values in (("whole", summary.whole), ("last_tenth", summary.last)):
-            mean, half = mean_interval(values[i])
-            row[f"return_{name}"] = {"mean": mean.item(), "ci95": [(mean - half).item(), (mean + half).item()]}
-        table.append(row)
-    return {"env_id": args.env_id, "seeds": args.num_seeds, "gamma": args.gamma, "by_lambda": table}
+    bias, std = (torch.stack(column).square().mean(1).sqrt() for column in zip(*moments, strict=True))
+    columns = {
+        "lambda": torch.tensor(args.lambdas, dtype=torch.float64),
+        "bias": bias,
+        "bias_sampled": _rms_without_noise(walk, measured),
+        "standard_deviation": std,
+        "standard_deviation_sampled": measured.variance().mean(1).sqrt(),
+        "error": torch.hypot(bias, std),
+    }
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    trained = [
+        {"lambda": lam, "whole": _interval(summary.whole[i]), "last_tenth": _interval(summary.last[i])}
+        for i, lam in enumerate(args.train_lambdas)
+    ]
+    return {
+        "walk": [dict(zip(columns, row, strict=True)) for row in rows],
+        "training": {"env_id": args.env_id, "seeds": args.num_seeds, "return": trained},
+    }
+
+
+def _interval(runs: Tensor) -> dict[str, Any]:
+    mean, half = mean_interval(runs)
+    return {"mean": mean.item(), "ci95": [(mean - half).item(), (mean + half).item()], "lowest": runs.min().item()}
 
 
 def run(args: Args, run_dir: RunDirectory) -> None:
     """Exact and sampled moments on the walk, the timeline of mistakes, training for each lambda, then the evidence."""
     walk = Walk.make(args.gamma, args.critic_scale)
     measured = sample_moments(walk, args.lambdas, args.walk_episodes, args.seed)
-    timeline_lambda = 0.9
-    advantages = timeline_advantages(args.gamma, timeline_lambda)
+    advantages = timeline_advantages(args.gamma, TIMELINE_LAMBDA)
     run_dir.checks += estimator_checks(walk, args.seed)
-    run_dir.checks += boundary_checks(walk, advantages, timeline_lambda, args.seed)
+    run_dir.checks += boundary_checks(walk, advantages, TIMELINE_LAMBDA, args.seed)
     run_dir.checks += walk_checks(walk, args.lambdas, measured)
     run_dir.write("bias_and_spread.png", lesson.png(draw_bias_and_spread(walk, args.lambdas, measured)))
     run_dir.write("weights.png", lesson.png(draw_weights(args.lambdas, args.gamma)))
@@ -1045,8 +1076,8 @@ def run(args: Args, run_dir: RunDirectory) -> None:
 
     steps, curve = train(args, run_dir)
     summary = Summary.of(curve)
-    run_dir.checks.append(training_check(summary, args.lambdas))
-    run_dir.write("training_curves.png", lesson.png(draw_returns(steps, curve, args.lambdas, args.env_id)))
+    run_dir.checks.append(training_check(summary, args.train_lambdas))
+    run_dir.write("training_curves.png", lesson.png(draw_returns(steps, curve, args.train_lambdas, args.env_id)))
     run_dir.write("results.json", json.dumps(results(args, walk, measured, summary), indent=2) + "\n")
 
 
