@@ -419,7 +419,7 @@ def record_walk(walk: Walk, mode: AutoresetMode, seed: int, envs: int = 8, steps
     """
     env = SyncVectorEnv([lambda: TimeLimit(WalkEnv(), 60)] * envs, autoreset_mode=mode)
     observations, _ = env.reset(seed=seed)
-    resetting = np.zeros(envs, dtype=bool)
+    resetting: np.ndarray = np.zeros(envs, dtype=bool)
     rows = []
     for _ in range(steps):
         following, rewards, terminated, truncated, infos = env.step(np.zeros(envs, dtype=np.int64))
@@ -575,7 +575,7 @@ class Sampler:
         assert mode == AutoresetMode.NEXT_STEP, f"{env_id} resets with {mode}"
         self.shape = (runs, envs)
         self.observations, _ = self.env.reset(seed=seed)
-        self.resetting = np.zeros(runs * envs, dtype=bool)
+        self.resetting: np.ndarray = np.zeros(runs * envs, dtype=bool)
         self.returns = np.zeros(runs * envs)
         self.latest = torch.full((runs,), math.nan)  # (R,) mean return of the episodes that finished last
 
@@ -612,10 +612,11 @@ def rollout_advantages(rollout: Rollout, values: Tensor, lambdas: list[float], g
     """GAE of all runs, those with the same lambda together; values are (R, T + 1, E). # (R, T, E)"""
     by_step = values.transpose(0, 1)  # (T + 1, R, E)
     steps = (rollout.rewards, by_step[:-1], by_step[1:], rollout.terminated, rollout.truncated)
-    groups = zip(lambdas, zip(*(tensor.chunk(len(lambdas), dim=1) for tensor in steps), strict=True), strict=True)
-    advantages = [
-        gae(*(tensor.flatten(1) for tensor in group), gamma=gamma, lam=lam).view_as(group[0]) for lam, group in groups
-    ]
+    groups = zip(*(tensor.chunk(len(lambdas), dim=1) for tensor in steps), strict=True)  # of (T, R / lambdas, E)
+    advantages = []
+    for lam, group in zip(lambdas, groups, strict=True):
+        rewards, values, next_values, terminated, truncated = (tensor.flatten(1) for tensor in group)
+        advantages.append(gae(rewards, values, next_values, terminated, truncated, gamma, lam).view_as(group[0]))
     return torch.cat(advantages, dim=1).transpose(0, 1)
 
 
