@@ -496,8 +496,8 @@ def timeline(gamma: float) -> dict[str, Tensor]:
 
 
 def surprise(gamma: float) -> float:
-    """The unforeseen reward: half of what living for ever is worth."""
-    return 0.5 / (1 - gamma)
+    """The unforeseen reward: as much as living for ever is worth."""
+    return 1 / (1 - gamma)
 
 
 def timeline_advantages(gamma: float, lam: float) -> dict[str, Tensor]:
@@ -741,8 +741,8 @@ def draw_bias_and_spread(walk: Walk, lambdas: list[float], measured: Measured) -
     """Left: exact bias, spread and error of one estimate with dots from samples. Right: the error of averages."""
     figure, axes = _subplots(1, 2, 12, 4.6)
     left, right = axes[0]
-    dense = sorted({*np.linspace(lambdas[0], lambdas[-1], 200).tolist(), *lambdas})
-    places = _stretched(dense)
+    places = np.linspace(*_stretched([lambdas[0], lambdas[-1]]), 200)
+    dense = (1.01 - 10**-places).clip(lambdas[0], lambdas[-1]).tolist()
     moments = [exact_moments(walk, lam) for lam in dense]
     bias = np.array([bias.square().mean().sqrt().item() for bias, _ in moments])
     spread = np.array([std.square().mean().sqrt().item() for _, std in moments])
@@ -807,7 +807,7 @@ def draw_weights(lambdas: list[float], gamma: float) -> Figure:
     right.set_title(f"How far does a surprise reach back? (gamma = {gamma:g})")
     right.set_xlabel("k: steps from the action to the residual")
     right.set_ylabel("weight (gamma lambda)^k")
-    right.legend(title="lambda", fontsize=9)
+    right.legend(title="lambda", fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     for axis in (left, right):
         axis.grid(alpha=0.25)
     return figure
@@ -833,7 +833,7 @@ def draw_boundaries(advantages: dict[str, Tensor]) -> Figure:
         place = ((i + 0.5) * EPISODE - 0.5, 0.06)
         top.text(*place, label, ha="center", va="bottom", fontweight="bold", transform=top.get_xaxis_transform())
     tip, place = (SURPRISE_AT + 0.4, right.max() * 0.8), (SURPRISE_AT + 1.5, right.max() * 0.8)
-    top.annotate("a reward nobody could foresee", tip, place, arrowprops={"arrowstyle": "->"}, va="center", fontsize=9)
+    top.annotate("a reward nobody\ncould foresee", tip, place, arrowprops={"arrowstyle": "->"}, va="center", fontsize=9)
     axes[-1, 0].set_xlabel(
         "step of the batch (the critic is exact: every advantage but those before the surprise is 0)"
     )
