@@ -741,7 +741,8 @@ def draw_bias_and_spread(walk: Walk, lambdas: list[float], measured: Measured) -
     """Left: exact bias, spread and error of one estimate with dots from samples. Right: the error of averages."""
     figure, axes = _subplots(1, 2, 12, 4.6)
     left, right = axes[0]
-    places = np.linspace(*_stretched([lambdas[0], lambdas[-1]]), 200)
+    first, last = _stretched([lambdas[0], lambdas[-1]]).tolist()
+    places = np.linspace(first, last, 200)
     dense = (1.01 - 10**-places).clip(lambdas[0], lambdas[-1]).tolist()
     moments = [exact_moments(walk, lam) for lam in dense]
     bias = np.array([bias.square().mean().sqrt().item() for bias, _ in moments])
@@ -793,10 +794,9 @@ def draw_weights(lambdas: list[float], gamma: float) -> Figure:
     left, right = axes[0]
     n = np.arange(1, 41)
     for lam, color in zip(lambdas, _colors(lambdas), strict=True):
-        if lam < 1:
-            weights = (1 - lam) * lam ** (n - 1.0)
-            label = f"{lam:g}  (mean n = {1 / (1 - lam):.3g})"
-            left.plot(n[weights > 0], weights[weights > 0], ".-", color=color, label=label)
+        weights = (1 - lam) * lam ** (n - 1.0)
+        mean = "all rewards, no critic" if lam == 1 else f"mean n = {1 / (1 - lam):.3g}"
+        left.plot(n[weights > 0], weights[weights > 0], ".-", color=color, label=f"{lam:g}  ({mean})")
         right.plot(n - 1, (gamma * lam) ** (n - 1.0), ".-", color=color, label=f"{lam:g}")
     left.set_title("How much of each n-step advantage is in GAE?")
     left.set_xlabel("n: steps of real reward before the critic takes over")
