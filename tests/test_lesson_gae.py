@@ -68,7 +68,7 @@ def reference(
 # --- the estimator ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("steps", "envs"), [(1, 1), (2, 3), (37, 1), (40, 4), (33, 65)])
+@pytest.mark.parametrize(("steps", "envs"), [(1, 1), (2, 3), (37, 1), (40, 4), (9, 129)])
 @pytest.mark.parametrize("lam", [0.0, 0.7, 1.0])
 def test_gae_is_its_definition(steps: int, envs: int, lam: float) -> None:
     data = batch(steps, envs, dtype=torch.float64)
@@ -76,7 +76,7 @@ def test_gae_is_its_definition(steps: int, envs: int, lam: float) -> None:
     torch.testing.assert_close(found, reference(**data, gamma=0.97, lam=lam), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("envs", [3, 64, 65, 200])
+@pytest.mark.parametrize("envs", [3, 128, 129])
 @pytest.mark.parametrize("chunk", [1, 7, 2**17])
 def test_working_in_chunks_changes_nothing(envs: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     data = batch(50, envs, dtype=torch.float64)
@@ -159,7 +159,7 @@ def test_the_row_loop_is_bit_equal_to_that_of_cleanrl(envs: int, monkeypatch: py
     assert torch.equal(lesson_file.gae(**as_cleanrl, gamma=gamma, lam=gae_lambda), advantages)
 
 
-@pytest.mark.parametrize("envs", [5, 70])
+@pytest.mark.parametrize("envs", [5, 140])
 def test_nothing_crosses_the_end_of_an_episode(envs: int) -> None:
     data = batch(60, envs, dtype=torch.float64)
     done = data["terminated"] | data["truncated"]
@@ -179,7 +179,7 @@ def test_the_value_after_a_termination_is_never_looked_at() -> None:
 
 
 def test_it_leaves_its_arguments_alone_and_returns_no_gradient() -> None:
-    data = batch(30, 70)
+    data = batch(30, 140)
     kept = {name: tensor.clone() for name, tensor in data.items()}
     data["values"].requires_grad_()
     assert not lesson_file.gae(**data, gamma=0.9, lam=0.9).requires_grad
