@@ -205,7 +205,7 @@ def test_tensors_that_are_not_contiguous() -> None:
         ({"values": torch.zeros(5, 3)}, r"one shape \(T, N\)"),
         ({name: torch.zeros(0, 2) for name in ("rewards", "values", "next_values")}, r"one shape \(T, N\)"),
         ({"terminated": torch.zeros(4, 2)}, "must be bool"),
-        ({"values": torch.zeros(4, 2, dtype=torch.float64)}, "share float32 or float64"),
+        ({"values": torch.zeros(4, 2, dtype=torch.float64)}, "all be float32 or all float64"),
         ({name: torch.zeros(4, 2).half() for name in ("rewards", "values", "next_values")}, "float16"),
     ],
 )
@@ -281,6 +281,7 @@ def test_the_best_lambda_grows_with_the_number_of_samples() -> None:
 def test_sampled_episodes_are_walks() -> None:
     walk = lesson_file.Walk.make(0.99, 1.0)
     data = lesson_file.sample_episodes(walk, 50, torch.Generator().manual_seed(0))
+    data = data._asdict()
     starts = torch.arange(19).repeat_interleave(50)
     assert torch.equal(data["values"][0], walk.critic[starts])
     assert (data["rewards"][0][1 * 50 : 18 * 50] == 0).all()
@@ -321,20 +322,19 @@ def test_the_timeline_is_right_and_each_mistake_is_not() -> None:
 @pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
 def test_recorded_walks_reach_the_final_observation(mode: AutoresetMode) -> None:
     walk = lesson_file.Walk.make(0.99, 1.0)
-    record = lesson_file.record_walk(walk, mode, seed=0, envs=4, steps=300)
-    assert record["terminated"].any() and record["truncated"].any()
-    truncated = record["truncated"] & ~record["terminated"]
-    middle = walk.critic[9]
-    step = (record["next_values"] - record["values"])[truncated].abs()
-    assert (step > 0).all() and (step < 0.14).all()  # one move away, .134 at most
-    assert (record["next_values"][truncated] != middle).any()
-    assert record["real"].all() == (mode == AutoresetMode.SAME_STEP)
+    steps, real = lesson_file.record_walk(walk, mode, seed=0, envs=4, steps=300)
+    assert steps.terminated.any() and steps.truncated.any()
+    truncated = steps.truncated & ~steps.terminated
+    moved = (steps.next_values - steps.values)[truncated].abs()
+    assert (moved > 0).all() and (moved < 0.14).all()  # one state away, .134 at most
+    assert (steps.next_values[truncated] != walk.critic[9]).any()  # not the middle, where the next walk starts
+    assert real.all() == (mode == AutoresetMode.SAME_STEP)
 
 
 def test_both_modes_hold_the_same_episodes() -> None:
     walk = lesson_file.Walk.make(0.99, 0.5)
     lists = [
-        lesson_file.finished_advantages(lesson_file.record_walk(walk, mode, 1), 0.99, 0.9)
+        lesson_file.finished_advantages(*lesson_file.record_walk(walk, mode, 1), 0.99, 0.9)
         for mode in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP)
     ]
     assert sum(len(a) for a in lists[0]) > 2000
@@ -343,12 +343,10 @@ def test_both_modes_hold_the_same_episodes() -> None:
 
 
 def test_returns_to_go_of_a_hand_made_record() -> None:
-    record = {
-        "rewards": torch.tensor([[1.0], [2.0], [3.0], [4.0], [5.0]], dtype=torch.float64),
-        "next_values": torch.full((5, 1), 10.0, dtype=torch.float64),
-        "terminated": torch.tensor([[False], [True], [False], [False], [False]]),
-        "truncated": torch.tensor([[False], [False], [True], [False], [False]]),
-    }
+    rewards = torch.arange(1.0, 6.0, dtype=torch.float64)[:, None]
+    terminated = torch.tensor([[False], [True], [False], [False], [False]])
+    truncated = torch.tensor([[False], [False], [True], [False], [False]])
+    record = lesson_file.Steps(rewards, torch.zeros(5, 1), torch.full((5, 1), 10.0).double(), terminated, truncated)
     found = lesson_file.returns_to_go(record, 0.5)[:, 0].tolist()
     assert found == [1 + 0.5 * 2, 2, 3 + 0.5 * 10, 4 + 0.5 * 5 + 0.25 * 10, 5 + 0.5 * 10]
 

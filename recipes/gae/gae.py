@@ -43,7 +43,7 @@ import itertools
 import json
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -147,19 +147,30 @@ def _environment_problems(env_id: str) -> list[str]:
 # The estimator
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Measured with T = 2048, float32, one core of a Xeon; ms, median of 25:
-#     N                            1       8      64     128     256    1024    4096
-#     torch loop, row by row    70      71     119     119     118     125     240
-#     numpy loop, row by row     1.6     1.7     2.1     2.2     2.9    15      43
-#     backward_rows below        2.9     1.0     1.1     1.3     1.6     8.2    18
-#     backward_scan below        0.10    0.14    0.57    1.0     2.1    (grows with N log T)
+# T = 2048, float32, one core; milliseconds, lower quartile of 25 calls:
+#     environments                1      8     64    128    256   1024   4096
+#     torch, row by row        48.3   47.9   57.2   56.1   49.9   55.5   72.8
+#     numpy, row by row        1.75   1.72   2.01   2.15   3.01   7.84   32.2
+#     backward_rows            3.17   1.38   1.60   1.64   2.11   5.27   15.9
+#     backward_scan            0.13   0.18   0.72   1.37   2.59   9.12   28.9
 FEW_ENVS = 128  # up to here the scan is faster
 CHUNK = 2**16  # elements at a time, so that they stay in the cache between two passes
 
 
-def td_residuals(rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, gamma: float) -> Tensor:
+class Steps(NamedTuple):
+    """T steps of N environments, each field (T, N)."""
+
+    rewards: Tensor  # float32 or float64; what followed the action of step t
+    values: Tensor  # V of the observation at step t
+    next_values: Tensor  # V of the observation that the action *reached*; see `gae`
+    terminated: Tensor  # bool, the environment reached a terminal state
+    truncated: Tensor  # bool, the episode was cut short (time limit)
+
+
+def td_residuals(steps: Steps, gamma: float) -> Tensor:
     """delta_t = r_{t+1} + gamma V(s_{t+1}) - V(s_t), where V of a terminal state is 0 whatever the critic says. # (T, N)"""
-    return torch.where(terminated, 0.0, next_values).mul_(gamma).add_(rewards).sub_(values)
+    following = torch.where(steps.terminated, 0.0, steps.next_values)
+    return following.mul_(gamma).add_(steps.rewards).sub_(steps.values)
 
 
 def gae(
@@ -174,13 +185,9 @@ def gae(
     """Advantages A_t = delta_t + gamma lambda (1 - done_t) A_{t+1} of T steps in N environments.
 
     Args:
-        rewards: (T, N), float32 or float64; the reward that followed the action of step t.
-        values: (T, N), V of the observation at step t.
-        next_values: (T, N), V of the observation that the action *reached*: at truncation the final observation of the
-            episode and not the first one of the next episode, in the last row the observation after the batch.
-            Ignored where `terminated`.
-        terminated: (T, N) bool, the environment reached a terminal state.
-        truncated: (T, N) bool, the episode was cut short (time limit).
+        rewards, values, next_values, terminated, truncated: the fields of `Steps`. next_values hold, at truncation, V of
+            the final observation of the episode and not of the first one of the next; in the last row, V of the
+            observation after the batch. They are ignored where `terminated`.
         gamma, lam: discount and lambda.
 
     Returns:
@@ -189,16 +196,16 @@ def gae(
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    steps_in = _checked(rewards, values, next_values, terminated, truncated)
-    steps, envs = rewards.shape
+    steps = _checked(Steps(rewards, values, next_values, terminated, truncated))
+    length, envs = rewards.shape
     few = envs <= FEW_ENVS or rewards.device.type != "cpu"
     backward = backward_scan if few else backward_rows
+    advantages = _empty_like(steps.rewards)
+    following = torch.zeros_like(steps.rewards[0])  # (N,) A_{t+1} of the last row; next_values bootstraps there
     rows = max(1, CHUNK // envs)
-    advantages = _empty_like(steps_in[0])
-    following = torch.zeros_like(rewards[0])  # (N,) A_{t+1} of the last row; next_values bootstraps there
-    for end in range(steps, 0, -rows):
+    for end in range(length, 0, -rows):
         part = slice(max(0, end - rows), end)
-        backward(*(tensor[part] for tensor in steps_in), gamma, lam, following, advantages[part])
+        backward(Steps(*(tensor[part] for tensor in steps)), gamma, lam, following, advantages[part])
         following = advantages[part][0]
     return advantages
 
@@ -210,42 +217,32 @@ def _empty_like(tensor: Tensor) -> Tensor:
     return torch.from_numpy(np.empty(tensor.shape, tensor.numpy().dtype))
 
 
-def _checked(rewards: Tensor, *others: Tensor) -> list[Tensor]:
-    values, next_values, terminated, truncated = others
-    if rewards.ndim != 2 or 0 in rewards.shape or any(other.shape != rewards.shape for other in others):
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (rewards, *others))
-        raise ValueError(f"gae takes five tensors of one shape (T, N), not {shapes}")
-    if terminated.dtype != torch.bool or truncated.dtype != torch.bool:
-        raise ValueError(f"terminated and truncated must be bool, not {terminated.dtype} and {truncated.dtype}")
-    if rewards.dtype not in (torch.float32, torch.float64) or {values.dtype, next_values.dtype} != {rewards.dtype}:
+def _checked(steps: Steps) -> Steps:
+    shapes = [tuple(tensor.shape) for tensor in steps]
+    if len(set(shapes)) > 1 or len(shapes[0]) != 2 or 0 in shapes[0]:
+        raise ValueError(f"gae takes five tensors of one shape (T, N), not {', '.join(map(str, shapes))}")
+    if {steps.terminated.dtype, steps.truncated.dtype} != {torch.bool}:
         raise ValueError(
-            f"rewards, values and next_values must share float32 or float64, not {rewards.dtype}, {values.dtype} and "
-            f"{next_values.dtype}"
+            f"terminated and truncated must be bool, not {steps.terminated.dtype}, {steps.truncated.dtype}"
         )
-    return [tensor.detach() for tensor in (rewards, *others)]
+    numbers = [tensor.dtype for tensor in steps[:3]]
+    if len(set(numbers)) > 1 or numbers[0] not in (torch.float32, torch.float64):
+        found = ", ".join(map(str, numbers))
+        raise ValueError(f"rewards, values and next_values must all be float32 or all float64, not {found}")
+    return Steps(*(tensor.detach() for tensor in steps))
 
 
-def backward_rows(
-    rewards: Tensor,
-    values: Tensor,
-    next_values: Tensor,
-    terminated: Tensor,
-    truncated: Tensor,
-    gamma: float,
-    lam: float,
-    following: Tensor,
-    out: Tensor,
-) -> None:
+def backward_rows(steps: Steps, gamma: float, lam: float, following: Tensor, out: Tensor) -> None:
     """A_t = delta_t + w_t A_{t+1}, row by row, as every reference does: (T, N) in CPU memory, `following` (N,) = A_T.
 
     numpy, because a call costs it a third of what it costs torch, and at two calls per row that is what counts.
     """
-    done = (terminated | truncated).numpy()
     deltas = out.numpy()
-    np.multiply(next_values.numpy(), gamma, out=deltas)
-    np.copyto(deltas, 0, where=terminated.numpy())
-    deltas += rewards.numpy()
-    deltas -= values.numpy()
+    np.multiply(steps.next_values.numpy(), gamma, out=deltas)
+    np.copyto(deltas, 0, where=steps.terminated.numpy())
+    deltas += steps.rewards.numpy()
+    deltas -= steps.values.numpy()
+    done = (steps.terminated | steps.truncated).numpy()
     weights = np.multiply(~done, deltas.dtype.type(gamma * lam))
     later = following.numpy()
     for row, weight in zip(deltas[::-1], weights[::-1], strict=True):
@@ -254,24 +251,14 @@ def backward_rows(
         later = row
 
 
-def backward_scan(
-    rewards: Tensor,
-    values: Tensor,
-    next_values: Tensor,
-    terminated: Tensor,
-    truncated: Tensor,
-    gamma: float,
-    lam: float,
-    following: Tensor,
-    out: Tensor,
-) -> None:
+def backward_scan(steps: Steps, gamma: float, lam: float, following: Tensor, out: Tensor) -> None:
     """The same by doubling: after pass k each row holds the sum over its next 2^k rows. log2(T) passes. # (T, N)
 
     The sum over two neighbouring spans is sum_1 + (product of the weights of span 1) sum_2, which is associative: a
     parallel scan (Hillis & Steele 1986; Blelloch 1990). More arithmetic than the row loop, fewer calls, any device.
     """
-    sums = td_residuals(rewards, values, next_values, terminated, gamma)
-    weights = (~(terminated | truncated)).to(sums.dtype).mul_(gamma * lam)
+    sums = td_residuals(steps, gamma)
+    weights = (~(steps.terminated | steps.truncated)).to(sums.dtype).mul_(gamma * lam)
     sums[-1].addcmul_(weights[-1], following)
     span = 1
     while span < len(sums):
@@ -285,12 +272,10 @@ def backward_scan(
 # The random walk: exact bias and spread, and the same by sampling
 # ---------------------------------------------------------------------------------------------------------------------
 
-STATES = (
-    19  # Sutton & Barto, Example 7.1: left or right with probability 1/2, -1 beyond the left end, +1 beyond the right
-)
-HORIZON = (
-    500  # longest sampled episode; about 2 in 1000 are longer, and gamma^500 = .0066 of the critic's error remains
-)
+# Sutton & Barto, Example 7.1: left or right with probability 1/2, -1 beyond the left end, +1 beyond the right one.
+STATES = 19
+# The longest sampled episode. About 2 in 1000 are longer: cut there, with gamma^500 = .0066 of the critic's error left.
+HORIZON = 500
 BATCH = 250  # episodes per state sampled at a time
 
 
@@ -355,8 +340,8 @@ def bias_formula(walk: Walk, lam: float) -> Tensor:
     return walk.gamma * (1 - lam) * walk.transitions @ error
 
 
-def sample_episodes(walk: Walk, per_state: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """`per_state` episodes from every state, side by side: what `gae` takes, (T, S * per_state).
+def sample_episodes(walk: Walk, per_state: int, generator: torch.Generator) -> Steps:
+    """`per_state` episodes from every state, side by side, (T, S * per_state).
 
     A column goes on after its episode has ended; nothing of that flows back past the end.
     """
@@ -367,13 +352,7 @@ def sample_episodes(walk: Walk, per_state: int, generator: torch.Generator) -> d
     right, left = positions[1:] >= STATES, positions[1:] < 0  # (T, N)
     truncated = torch.zeros_like(right)
     truncated[-1] = True
-    return {
-        "rewards": right.double() - left.double(),
-        "values": values[:-1],
-        "next_values": values[1:],
-        "terminated": right | left,
-        "truncated": truncated,
-    }
+    return Steps(right.double() - left.double(), values[:-1], values[1:], right | left, truncated)
 
 
 @dataclass
@@ -406,7 +385,7 @@ def sample_moments(walk: Walk, lambdas: list[float], episodes: int, seed: int) -
     for _ in range(batches):
         batch = sample_episodes(walk, BATCH, generator)
         for i, lam in enumerate(lambdas):
-            first = gae(**batch, gamma=walk.gamma, lam=lam)[0].view(STATES, BATCH)
+            first = gae(*batch, walk.gamma, lam)[0].view(STATES, BATCH)
             total[:, i] += first.pow(exponents).mean(2)
     return Measured(total / batches, batches * BATCH)
 
@@ -445,10 +424,10 @@ def reached_observations(observations: np.ndarray, infos: dict[str, Any]) -> np.
     return reached
 
 
-def record_walk(walk: Walk, mode: AutoresetMode, seed: int, envs: int = 8, steps: int = 400) -> dict[str, Tensor]:
-    """Steps of vectorized walks with a time limit of 60: what `gae` takes, and `real`, each (T, N).
+def record_walk(walk: Walk, mode: AutoresetMode, seed: int, envs: int = 8, steps: int = 400) -> tuple[Steps, Tensor]:
+    """Steps of vectorized walks with a time limit of 60, and which of them are real, (T, N) bool.
 
-    `real` is False where NEXT_STEP spent the step on a reset: no transition, the action had no effect.
+    A step is not real where NEXT_STEP spent it on a reset: it is no transition, the action had no effect.
     """
     env = SyncVectorEnv([lambda: TimeLimit(WalkEnv(), 60)] * envs, autoreset_mode=mode)
     observations, _ = env.reset(seed=seed)
@@ -460,40 +439,35 @@ def record_walk(walk: Walk, mode: AutoresetMode, seed: int, envs: int = 8, steps
         rows.append((rewards, observations, reached, terminated, truncated, ~resetting))
         observations = following
         resetting = (terminated | truncated) & (mode == AutoresetMode.NEXT_STEP)
-    names = ("rewards", "values", "next_values", "terminated", "truncated", "real")
-    record = {
-        name: torch.from_numpy(np.stack(column)) for name, column in zip(names, zip(*rows, strict=True), strict=True)
-    }
-    for name in ("values", "next_values"):
-        record[name] = walk.critic[record[name].clamp(0, STATES - 1)]
-    return record
+    columns = [torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)]
+    rewards, at, reached, terminated, truncated, real = columns
+    values, next_values = (walk.critic[states.clamp(0, STATES - 1)] for states in (at, reached))
+    return Steps(rewards, values, next_values, terminated, truncated), real
 
 
-def finished_advantages(record: dict[str, Tensor], gamma: float, lam: float) -> list[Tensor]:
+def finished_advantages(steps: Steps, real: Tensor, gamma: float, lam: float) -> list[Tensor]:
     """Per environment, the advantages of all real steps up to the end of its last finished episode."""
-    batch = {name: tensor for name, tensor in record.items() if name != "real"}
-    advantages = gae(**batch, gamma=gamma, lam=lam)
-    done = record["terminated"] | record["truncated"]
+    advantages = gae(*steps, gamma, lam)
+    done = steps.terminated | steps.truncated
     finished = []
-    for advantage, ends, real in zip(advantages.T, done.T, record["real"].T, strict=True):
-        stop = int(ends[real].nonzero().max()) + 1
-        finished.append(advantage[real][:stop])
+    for advantage, ends, counts in zip(advantages.T, done.T, real.T, strict=True):
+        stop = int(ends[counts].nonzero().max()) + 1
+        finished.append(advantage[counts][:stop])
     return finished
 
 
-def returns_to_go(record: dict[str, Tensor], gamma: float) -> Tensor:
+def returns_to_go(steps: Steps, gamma: float) -> Tensor:
     """Discounted return of every step, each summed on its own; a cut episode adds the value it was cut at. # (T, N)"""
-    rewards, terminated = record["rewards"], record["terminated"]
-    ends = terminated | record["truncated"]  # (T, N)
+    ends = steps.terminated | steps.truncated
     ends[-1] = True  # of the batch
-    returns = torch.empty_like(rewards)
-    for i in range(rewards.shape[1]):
+    returns = torch.empty_like(steps.rewards)
+    for i in range(ends.shape[1]):
         start = 0
         for end in ends[:, i].nonzero()[:, 0].tolist():
-            tail = 0.0 if terminated[end, i] else record["next_values"][end, i]
+            tail = 0.0 if steps.terminated[end, i] else steps.next_values[end, i]
             for t in range(start, end + 1):
                 powers = gamma ** torch.arange(end - t + 2, dtype=torch.float64)
-                returns[t, i] = powers[:-1] @ rewards[t : end + 1, i] + powers[-1] * tail
+                returns[t, i] = powers[:-1] @ steps.rewards[t : end + 1, i] + powers[-1] * tail
             start = end + 1
     return returns
 
@@ -503,8 +477,8 @@ SURPRISE_AT = 2 * EPISODE + 5
 TIMELINE_LAMBDA = 0.9
 
 
-def timeline(gamma: float) -> dict[str, Tensor]:
-    """Three episodes with a reward of 1 per step and a critic that is exact, (T, 1): what `gae` takes.
+def timeline(gamma: float) -> Steps:
+    """Three episodes with a reward of 1 per step and a critic that is exact, (T, 1).
 
     The first terminates after 12 steps, as the critic knows. The second would go on for ever and is truncated by a time
     limit. The third would terminate after 24 steps, the batch ends after 12; and it holds one reward nobody could
@@ -518,14 +492,10 @@ def timeline(gamma: float) -> dict[str, Tensor]:
     rewards[SURPRISE_AT] += surprise(gamma)
     terminated, truncated = torch.zeros(2, 3 * EPISODE, dtype=torch.bool)
     terminated[EPISODE - 1] = truncated[2 * EPISODE - 1] = True
-    columns = {
-        "rewards": rewards,
-        "values": torch.cat([values[:-1] for values in episodes]),
-        "next_values": torch.cat([values[1:] for values in episodes]),
-        "terminated": terminated,
-        "truncated": truncated,
-    }
-    return {name: column[:, None] for name, column in columns.items()}
+    values = torch.cat([v[:-1] for v in episodes])
+    next_values = torch.cat([v[1:] for v in episodes])
+    columns = (rewards, values, next_values, terminated, truncated)
+    return Steps(*(column[:, None] for column in columns))
 
 
 def surprise(gamma: float) -> float:
@@ -536,26 +506,21 @@ def surprise(gamma: float) -> float:
 def timeline_advantages(gamma: float, lam: float) -> dict[str, Tensor]:
     """Advantages of the timeline done right, and with each of three common mistakes. # (T,) each"""
     right = timeline(gamma)
-    nothing = torch.zeros_like(right["terminated"])
-    done = right["terminated"] | right["truncated"]
-    following = torch.cat([right["values"][1:], right["next_values"][-1:]])  # the next row, reset or not
-    mistakes = {
+    nothing = torch.zeros_like(right.terminated)
+    done = right.terminated | right.truncated
+    following = torch.cat([right.values[1:], right.next_values[-1:]])  # of the next row, reset or not
+    known = torch.where(right.terminated, 0.0, right.next_values)
+    ways = {
         "right": right,
-        "truncation treated as termination": {**right, "terminated": done},
-        "bootstrap from the observation after the reset": {
-            **right,
-            "next_values": following,
-            "terminated": nothing,
-            "truncated": done,
-        },
-        "recursion not cut where an episode ends": {
-            **right,
-            "next_values": torch.where(right["terminated"], 0.0, right["next_values"]),
-            "terminated": nothing,
-            "truncated": nothing,
-        },
+        "truncation treated as termination": right._replace(terminated=done),
+        "bootstrap from the observation after the reset": right._replace(
+            next_values=following, terminated=nothing, truncated=done
+        ),
+        "recursion not cut where an episode ends": right._replace(
+            next_values=known, terminated=nothing, truncated=nothing
+        ),
     }
-    return {name: gae(**batch, gamma=gamma, lam=lam)[:, 0] for name, batch in mistakes.items()}
+    return {name: gae(*steps, gamma, lam)[:, 0] for name, steps in ways.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -917,15 +882,13 @@ def draw_returns(steps: Tensor, curve: Tensor, lambdas: list[float], env_id: str
 
 def estimator_checks(walk: Walk, seed: int) -> list[Check]:
     """Identities of the estimator, on recorded steps with terminations and truncations."""
-    record = record_walk(walk, AutoresetMode.SAME_STEP, seed)
-    batch = {name: tensor for name, tensor in record.items() if name != "real"}
-    deltas = td_residuals(batch["rewards"], batch["values"], batch["next_values"], batch["terminated"], walk.gamma)
-    at_0 = (gae(**batch, gamma=walk.gamma, lam=0.0) - deltas).abs().max().item()
-    monte_carlo = returns_to_go(record, walk.gamma) - record["values"]
-    at_1 = (gae(**batch, gamma=walk.gamma, lam=1.0) - monte_carlo).abs().max().item()
-    by_scan, by_rows = torch.empty_like(deltas), torch.empty_like(deltas)
+    steps, _ = record_walk(walk, AutoresetMode.SAME_STEP, seed)
+    at_0 = (gae(*steps, walk.gamma, 0.0) - td_residuals(steps, walk.gamma)).abs().max().item()
+    monte_carlo = returns_to_go(steps, walk.gamma) - steps.values
+    at_1 = (gae(*steps, walk.gamma, 1.0) - monte_carlo).abs().max().item()
+    by_scan, by_rows = torch.empty_like(steps.rewards), torch.empty_like(steps.rewards)
     for backward, out in ((backward_scan, by_scan), (backward_rows, by_rows)):
-        backward(**batch, gamma=walk.gamma, lam=0.9, following=torch.zeros_like(deltas[0]), out=out)
+        backward(steps, walk.gamma, 0.9, torch.zeros_like(out[0]), out)
     ways = (by_scan - by_rows).abs().max().item()
     return [
         Check(
@@ -967,7 +930,7 @@ def boundary_checks(walk: Walk, advantages: dict[str, Tensor], lam: float, seed:
     errors = {name: (tensor - expected).abs().max().item() for name, tensor in advantages.items()}
     tolerance = 1e-12 / (1 - walk.gamma)  # the values are up to 1 / (1 - gamma)
     modes = [
-        finished_advantages(record_walk(walk, mode, seed), walk.gamma, lam)
+        finished_advantages(*record_walk(walk, mode, seed), walk.gamma, lam)
         for mode in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP)
     ]
     pairs = [(a, b[: len(a)]) for a, b in zip(*modes, strict=True)]
