@@ -294,6 +294,14 @@ def test_sampled_episodes_are_walks() -> None:
     assert (share - torch.linspace(0.05, 0.95, 19)).abs().max() < 0.3  # a standard error is .07
 
 
+def test_the_noise_of_the_samples_is_no_bias() -> None:
+    """A perfect critic has none: what the picture shows stays below the noise, and two kinds of noise do not add up."""
+    walk, lambdas = lesson_file.Walk.make(0.99, 1.0), [0.5, 0.9, 1.0]
+    measured = lesson_file.sample_moments(walk, lambdas, 500, 0)
+    noise = measured.standard_errors()[0].square().mean(1).sqrt()
+    assert (lesson_file._rms_without_noise(walk, measured) < 0.9 * noise).all()
+
+
 def test_standard_errors_of_known_moments() -> None:
     """Standard normal: variance 1, fourth moment 3, so errors 1 / sqrt(n) and sqrt(2 / n); a shift changes neither."""
     shift = 2.0
@@ -400,6 +408,26 @@ def test_the_returns_that_are_noted_are_lengths_of_episodes() -> None:
             starts = [0, *(end + 2 for end in ends)][: len(ends)]  # one step goes by for the reset
             lengths += [end - start + 1 for start, end in zip(starts, ends, strict=True)]
         assert sampler.latest[run].item() == pytest.approx(np.mean(lengths))
+
+
+def test_a_time_limit_resets_like_a_fall(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps per episode: every fourth row is the reset."""
+    spec = gym.spec("CartPole-v1")
+    monkeypatch.setattr(spec, "max_episode_steps", 3)
+    sampler = lesson_file.Sampler("CartPole-v1", 2, 2, 0)
+    actor = lesson_file.make_network(2, [4, 2], 1.0, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        rollout = sampler.collect(actor, 8, torch.Generator().manual_seed(0))
+    expected = torch.tensor([False, False, True, False] * 2)
+    assert (rollout.truncated[:, 0, 0] == expected).all() and not rollout.terminated.any()
+    assert (rollout.real[0, :, 0] == torch.tensor([True, True, True, False] * 2)).all()
+    assert (sampler.latest == 3).all()
+
+
+def test_first_and_last_tenth_of_a_curve() -> None:
+    curve = torch.arange(40.0)[:, None, None].expand(40, 2, 5)
+    summary = lesson_file.Summary.of(curve)
+    assert summary.first[0, 0] == 1.5 and summary.last[0, 0] == 37.5 and summary.whole[0, 0] == 19.5
 
 
 def test_each_group_of_runs_gets_its_own_lambda() -> None:

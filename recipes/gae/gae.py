@@ -54,6 +54,7 @@ from torch import Tensor
 
 from llmcore_hf import lesson
 from llmcore_hf.checks import Check
+from llmcore_hf.errors import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -569,8 +570,9 @@ class Sampler:
 
     def __init__(self, env_id: str, runs: int, envs: int, seed: int) -> None:
         self.env = gym.make_vec(env_id, num_envs=runs * envs)
-        mode = self.env.metadata["autoreset_mode"]
-        assert mode == AutoresetMode.NEXT_STEP, f"{env_id} resets with {mode}"
+        mode = self.env.metadata.get("autoreset_mode")
+        if mode != AutoresetMode.NEXT_STEP:
+            raise ConfigError([f"--env_id {env_id}: its vector environment resets with {mode}, not with NEXT_STEP"])
         self.shape = (runs, envs)
         self.observations, _ = self.env.reset(seed=seed)
         self.resetting: np.ndarray = np.zeros(runs * envs, dtype=bool)
@@ -580,7 +582,7 @@ class Sampler:
     def collect(self, actor: list[Tensor], steps: int, generator: torch.Generator) -> Rollout:
         rows, finished = [], []
         for _ in range(steps):
-            observations = torch.from_numpy(self.observations).view(*self.shape, -1)  # (R, E, O)
+            observations = torch.from_numpy(self.observations).float().view(*self.shape, -1)  # (R, E, O)
             probabilities = forward(actor, observations).softmax(-1).flatten(0, 1)  # (R * E, actions)
             actions = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
             following, rewards, terminated, truncated, _ = self.env.step(actions.numpy())
@@ -595,7 +597,7 @@ class Sampler:
             self.observations = following
         self._note(np.stack(finished))
         observations, actions, rewards, terminated, truncated, real = (torch.stack(c) for c in zip(*rows, strict=True))
-        last = torch.from_numpy(self.observations).view(1, *self.shape, -1)
+        last = torch.from_numpy(self.observations).float().view(1, *self.shape, -1)
         observations = torch.cat([observations, last]).transpose(0, 1)
         return Rollout(observations, actions.transpose(0, 1), rewards, terminated, truncated, real.transpose(0, 1))
 
@@ -863,7 +865,7 @@ def draw_returns(steps: Tensor, curve: Tensor, lambdas: list[float], env_id: str
         places = np.arange(len(lambdas)) + shift
         right.errorbar(places, mean, half, fmt=marker, color=color, capsize=4, label=label)
         for place, runs in zip(places, values, strict=True):
-            right.plot([place] * len(runs), runs, ".", color=color, alpha=0.25, markersize=4)
+            right.plot([place + shift] * len(runs), runs, ".", color=color, alpha=0.25, markersize=4)
     right.set_xticks(range(len(lambdas)), [f"{lam:g}" for lam in lambdas])
     right.set_title(f"Mean and 95 % interval over {curve.shape[2]} seeds (dots: single runs)")
     right.set_xlabel("lambda")
