@@ -303,13 +303,19 @@ def test_the_noise_of_the_samples_is_no_bias() -> None:
 
 
 def test_standard_errors_of_known_moments() -> None:
-    """Standard normal: variance 1, fourth moment 3, so errors 1 / sqrt(n) and sqrt(2 / n); a shift changes neither."""
+    """Standard normal: variance 1, fourth moment 3, so errors 1 / sqrt(n) and sqrt(2 / (n - 1)); a shift changes neither."""
     shift = 2.0
     powers = torch.tensor([shift, shift**2 + 1, shift**3 + 3 * shift, shift**4 + 6 * shift**2 + 3], dtype=torch.float64)
     measured = lesson_file.Measured(powers[:, None, None], 100)
     of_mean, of_variance = measured.standard_errors()
     assert measured.variance().item() == pytest.approx(1)
-    assert of_mean.item() == pytest.approx(0.1) and of_variance.item() == pytest.approx(math.sqrt(0.02))
+    assert of_mean.item() == pytest.approx(0.1) and of_variance.item() == pytest.approx(math.sqrt(2 / 99))
+
+
+def test_the_check_survives_two_equal_halves() -> None:
+    """With lambda = 0 the residual is one of two numbers. Half and half, mu_4 = sigma^4: the error must not become NaN."""
+    powers = torch.tensor([0.0, 0.1**2, 0.0, 0.1**4 * (1 - 1e-15)], dtype=torch.float64)
+    assert lesson_file.Measured(powers[:, None, None], 4000).standard_errors()[1].item() > 0
 
 
 # --- ends of episodes -------------------------------------------------------------------------------------------------

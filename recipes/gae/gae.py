@@ -370,11 +370,12 @@ class Measured:
         return self.powers[1] - self.powers[0].square()
 
     def standard_errors(self) -> tuple[Tensor, Tensor]:
-        """Of the mean and of the variance, the latter from the fourth central moment."""
+        """Of the mean and of the variance, the latter (mu_4 - sigma^4 (n - 3) / (n - 1)) / n under the root."""
         m1, m2, m3, m4 = self.powers
         fourth = m4 - 4 * m3 * m1 + 6 * m2 * m1.square() - 3 * m1.pow(4)
-        variance = self.variance()
-        return (variance / self.episodes).sqrt(), ((fourth - variance.square()) / self.episodes).sqrt()
+        n, variance = self.episodes, self.variance()
+        of_variance = ((fourth - variance.square() * (n - 3) / (n - 1)) / n).sqrt()
+        return (variance / n).sqrt(), of_variance
 
 
 def sample_moments(walk: Walk, lambdas: list[float], episodes: int, seed: int) -> Measured:
