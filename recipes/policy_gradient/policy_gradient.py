@@ -233,7 +233,7 @@ def entropy(logits: Tensor, mask: Tensor) -> Tensor:
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """1 - Var[G - V] / Var[G] over the real steps of each run: 1 is perfect, 0 as good as a constant. (R, T, N) -> (R,)
 
-    NaN when the returns do not vary, as in an environment that gives the same reward whatever one does.
+    Not a finite number when the returns do not vary; the log then says null.
     """
 
     def variance(x: Tensor) -> Tensor:
@@ -580,11 +580,13 @@ def policy_figure(before: Networks, after: Networks, start: Episodes, end: Episo
         with torch.no_grad():
             grid = states.expand(len(policy.out_bias), *states.shape)
             right = policy(grid).softmax(-1)[0, ..., 1]  # (121, 121)
-        picture = axis.pcolormesh(np.degrees(angle), velocity, right, cmap="RdBu_r", vmin=0, vmax=1, shading="gouraud")
+        picture = axis.pcolormesh(
+            angle.rad2deg().numpy(), velocity.numpy(), right.numpy(), cmap="RdBu_r", vmin=0, vmax=1, shading="gouraud"
+        )
         seen = episodes.observations[0, :, :8][episodes.mask[0, :, :8]]  # (steps, D), of 8 episodes
         seen = seen[:: max(1, len(seen) // 400)]
         axis.scatter(
-            np.degrees(seen[:, 2]), seen[:, 3], s=5, color="black", alpha=0.35, linewidths=0, label="states visited"
+            seen[:, 2].rad2deg(), seen[:, 3], s=5, color="black", alpha=0.35, linewidths=0, label="states visited"
         )
         axis.legend(loc="lower right", fontsize=9, markerscale=2.5)
         length = episodes.lengths()[0].float().mean()
