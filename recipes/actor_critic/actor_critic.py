@@ -542,7 +542,7 @@ def n_step_check(rollout: Rollout, values: Tensor, gamma: float) -> Check:
     rewards, values = rollout.rewards[:1].double(), values[:1].double()
     ended = (rollout.terminated | rollout.truncated)[:1]
     fast = estimate_advantages(rewards, values, nothing_follows(rollout, 1)[:1], ended, gamma, gae_lambda=1.0)
-    n_steps, n_envs, error = *rewards.shape[1:], 0.0
+    (_, n_steps, n_envs), error = rewards.shape, 0.0
     for e, t in itertools.product(range(n_envs), range(n_steps)):
         total, k = 0.0, t
         while True:
@@ -632,6 +632,7 @@ def reward_threshold(env_id: str) -> float | None:
 def curves_figure(args: Args, curves: dict[str, Tensor], worth: dict[str, Tensor], n_actions: int) -> Figure:
     """Return, values, critic against truth, entropy, explained variance and value loss. Mean and range of the runs."""
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import EngFormatter
 
     figure, axes = plt.subplots(2, 3, figsize=(16.5, 8.2), layout="constrained")
     figure.suptitle(
@@ -651,6 +652,7 @@ def curves_figure(args: Args, curves: dict[str, Tensor], worth: dict[str, Tensor
     for name, (axis, title, label) in panels.items():
         both_ways(axis, args, curves, name)
         axis.set(title=title, ylabel=label, xlabel="environment steps of each run")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     if (solved := reward_threshold(args.env_id)) is not None:
         axes[0, 0].axhline(solved, color=GREY, linestyle=":", label=f"solved: {solved:g}")
     axes[1, 0].axhline(math.log(n_actions), color=GREY, linestyle=":", label=f"uniform: log {n_actions}")
@@ -661,8 +663,16 @@ def curves_figure(args: Args, curves: dict[str, Tensor], worth: dict[str, Tensor
     truth_panel(axes[0, 2], args, worth)
     for axis in axes.flat:
         axis.grid(alpha=0.25)
-        axis.legend(frameon=False, fontsize=9)
+        if axis not in (axes[0, 1], axes[1, 2]):
+            axis.legend(*dotted(axis), frameon=False, fontsize=9)
+    figure.legend(handles=axes[0, 1].lines, loc="outside lower center", ncols=2, frameon=False, fontsize=11)
     return figure
+
+
+def dotted(axis: Axes) -> tuple[list[Any], list[str]]:
+    """The reference lines of a panel; the two ways have one legend for all panels."""
+    lines = [line for line in axis.lines if line.get_linestyle() == ":"]
+    return lines, [line.get_label() for line in lines]
 
 
 def both_ways(axis: Axes, args: Args, curves: dict[str, Tensor], name: str) -> None:
@@ -683,8 +693,8 @@ def truth_panel(axis: Axes, args: Args, worth: dict[str, Tensor]) -> None:
     low, high = min(true.min(), critic.min()), max(true.max(), critic.max())
     ends = [low - 0.1 * (high - low) - 0.5, high + 0.1 * (high - low) + 0.5]
     axis.plot(ends, ends, color=GREY, linestyle=":", label="V is right")
-    axis.scatter(true[n:], critic[n:], color=CUT, alpha=0.7, label="time limit taken as terminal")
-    axis.scatter(true[:n], critic[:n], color=BOOTSTRAP, alpha=0.7, label="bootstrap at the time limit")
+    axis.scatter(true[n:], critic[n:], color=CUT, alpha=0.7)
+    axis.scatter(true[:n], critic[:n], color=BOOTSTRAP, alpha=0.7)
     axis.set(title="Is the critic right about start states, after training?", xlim=ends, ylim=ends)
     axis.set(xlabel="measured discounted return, no time limit", ylabel="V(s)")
 
