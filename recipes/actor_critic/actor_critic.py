@@ -672,7 +672,7 @@ def curves_figure(args: Args, curves: dict[str, Tensor], worth: dict[str, Tensor
 def dotted(axis: Axes) -> tuple[list[Any], list[str]]:
     """The reference lines of a panel; the two ways have one legend for all panels."""
     lines = [line for line in axis.lines if line.get_linestyle() == ":"]
-    return lines, [line.get_label() for line in lines]
+    return lines, [str(line.get_label()) for line in lines]
 
 
 def both_ways(axis: Axes, args: Args, curves: dict[str, Tensor], name: str) -> None:
