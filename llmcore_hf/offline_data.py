@@ -33,6 +33,7 @@ from llmcore_hf.errors import UserError
 from llmcore_hf.lesson import LessonArguments
 
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
+MOST = 1_000_000  # states, or actions, where no environment says how many there are; a table needs a row for each
 CONTROLLER = (0.1, 0.3, 1.0, 0.5)  # weights of x, dx/dt, theta, dtheta/dt
 
 
@@ -110,6 +111,7 @@ def build(
     Raises:
         UserError: something is wrong with the columns; the message has every problem and how to mend it.
     """
+    _require_columns(columns, list(columns), source)
     env_id = env_id or provenance.get("env_id")
     space = _spaces(env_id, source) if env_id else None
     if problems := _problems(columns, space):
@@ -265,12 +267,12 @@ def _finite_problems(columns: dict[str, np.ndarray]) -> list[str]:
 
 
 def _action_problems(actions: np.ndarray, space: gym.spaces.Discrete | None) -> list[str]:
-    n = int(space.n) if space else None
-    bad = (actions < 0) | (actions >= n if n is not None else False)
+    n = int(space.n) if space else MOST
+    bad = (actions < 0) | (actions >= n)
     if not bad.any():
         return []
-    row, among = int(np.flatnonzero(bad)[0]), f"0 to {n - 1}" if n is not None else "0 and above"
-    return [f"`actions` has {actions[row]} in row {row}: actions are {among}"]
+    row = int(np.flatnonzero(bad)[0])
+    return [f"`actions` has {actions[row]} in row {row}: actions are numbered 0 to {n - 1}"]
 
 
 def _observation_problems(columns: dict[str, np.ndarray], space: gym.Space | None) -> list[str]:
@@ -282,9 +284,8 @@ def _observation_problems(columns: dict[str, np.ndarray], space: gym.Space | Non
             problems.append(f"`{name}` has the shape {array.shape}, the environment observes {space.shape}")
         elif isinstance(space, gym.spaces.Discrete) and not discrete:
             problems.append(f"`{name}` has the shape {array.shape}, the environment has numbered states: expected (N,)")
-        elif discrete and (array.min() < 0 or (space is not None and array.max() >= space.n)):
-            among = f"0 to {space.n - 1}" if space is not None else "0 and above"
-            problems.append(f"`{name}` goes from {array.min()} to {array.max()}: states are {among}")
+        elif discrete and not 0 <= array.min() <= array.max() < (n := MOST if space is None else int(space.n)):
+            problems.append(f"`{name}` goes from {array.min()} to {array.max()}: states are numbered 0 to {n - 1}")
     return problems
 
 
