@@ -87,7 +87,7 @@ class Args(offline_data.DatasetArguments):
             "the sum of n + 1 rewards: too few copies look like conservatism."
         },
     )
-    logging_steps: int = field(default=250, metadata={"help": "Gradient steps between two evaluations."})
+    logging_steps: int = field(default=100, metadata={"help": "Gradient steps between two evaluations."})
     eval_episodes: int = field(default=10, metadata={"help": "Episodes per network and evaluation."})
 
     def problems(self) -> list[str]:
@@ -715,19 +715,24 @@ def policies_figure(outcomes: list[Outcome], data: TabularData) -> Figure:
         plt.Line2D([], [], color=color, marker=">", linestyle="none", label=label)
         for color, label in ((BLUE, "greedy action, in the data"), (RED, "greedy action that nobody tried"))
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncol=2, fontsize=10, frameon=False)
+    handles.append(
+        plt.Rectangle((0, 0), 1, 1, facecolor="#ffe9a8", edgecolor="#999999", label="where the walkers part")
+    )
+    figure.legend(handles=handles, loc="outside lower center", ncol=3, fontsize=10, frameon=False)
     return figure
 
 
 def draw_grid(axis: Axes, data: TabularData) -> None:
-    """Cells of CliffWalking: white where there are data, grey where not, dark for the cliff."""
+    """Cells of CliffWalking: white where there are data, yellow where these differ, grey without data, dark for the cliff."""
     rows, columns = GRID
     for state in range(rows * columns):
         y, x = divmod(state, columns)
         cliff = y == rows - 1 and 0 < x < columns - 1
         visited = data.shares[state].sum() > 0 or state == rows * columns - 1
-        color = "#4a4a4a" if cliff else "white" if visited else "#dddddd"
-        axis.fill_between([x - 0.5, x + 0.5], y - 0.5, y + 0.5, facecolor=color, edgecolor="#999999", linewidth=0.8)
+        fork = (data.shares[state] > 0).sum() > 1
+        color = "#4a4a4a" if cliff else "#ffe9a8" if fork else "white" if visited else "#dddddd"
+        edge = color if cliff else "#999999"
+        axis.fill_between([x - 0.5, x + 0.5], y - 0.5, y + 0.5, facecolor=color, edgecolor=edge, linewidth=0.8)
     axis.text(
         (columns - 1) / 2, rows - 1, "cliff: -100 and back to S", color="white", ha="center", va="center", fontsize=10
     )
@@ -750,7 +755,7 @@ def draw_action(axis: Axes, state: int, action: int, color: str) -> None:
 def conservatism_figure(outcomes: list[Outcome], fork: Fork) -> Figure:
     """Left: what Q promises at the start and what its greedy policy gets, by alpha. Right: the two Q at the fork."""
     plt = plotting()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12.4, 4.6), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12.4, 5.0), layout="constrained")
     figure.suptitle("What does alpha do? (CliffWalking, exact values)", fontsize=13, fontweight="bold")
     swept = [o for o in outcomes if o.method.name == "CQL"]
     naive = next(o for o in outcomes if o.method.name == "Q-learning")
@@ -765,25 +770,29 @@ def conservatism_figure(outcomes: list[Outcome], fork: Fork) -> Figure:
     predicted = np.array([fork.fixed_point(float(alpha)) for alpha in grid])  # (200, 2)
     names = ("along the cliff", "to the upper wall")
     for i, (color, share) in enumerate(zip((BLUE, "#ff7f0e"), fork.shares, strict=True)):
-        right.plot(grid, predicted[:, i], color=color, label=f"{names[i]}, {share:.0%} of the data: fixed point")
+        right.plot(grid, predicted[:, i], color=color, label=f"{names[i]} ({share:.0%} of the data)")
         points = [float(o.q[fork.state, fork.actions[i]]) for o in swept]
-        right.plot(alphas, points, "o", color=color, label="as trained")
+        right.plot(alphas, points, "o", color=color)
         right.axhline(fork.y[i], color=color, linewidth=0.8, linestyle=":")
-    right.set_title("Q of both actions where the paths part (dotted: their true values)", fontsize=11)
+    right.set_title("Q where the paths part (lines: predicted, points: trained, dotted: true)", fontsize=11)
     right.set_ylabel("Q(fork, a)")
     for axis in (left, right):
         axis.axvline(fork.crossover, color=GREY, linewidth=1, linestyle="--")
         axis.set(xscale="log", xlabel="alpha, weight of the conservative term")
-        axis.text(fork.crossover * 1.04, 0.02, "imitates", transform=axis.get_xaxis_transform(), fontsize=9, color=GREY)
+        axis.set_xticks(alphas, [f"{alpha:g}" for alpha in alphas])
+        axis.minorticks_off()
+        note = f"from alpha = {fork.crossover:.2f} on,\nCQL imitates"
+        place = {"transform": axis.get_xaxis_transform(), "ha": "right", "fontsize": 9, "color": "#555555"}
+        axis.text(fork.crossover / 1.06, 0.2 if axis is left else 0.8, note, **place)
         axis.grid(alpha=0.25)
-        axis.legend(fontsize=9, frameon=False)
+        axis.legend(fontsize=9, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncol=2)
     return figure
 
 
-def curves_figure(curves: Curves, title: str, largest: float | None) -> Figure:
+def curves_figure(curves: Curves, title: str, dataset: OfflineDataset, largest: float | None) -> Figure:
     """Promised and true values over the training, and returns; a thin line per seed, a thick one for the median."""
     plt = plotting()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12.4, 4.6), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12.4, 5.0), layout="constrained")
     figure.suptitle(title, fontsize=13, fontweight="bold")
     for name, rows in curves.q_start.items():
         if name != CLONING.name:
@@ -791,21 +800,21 @@ def curves_figure(curves: Curves, title: str, largest: float | None) -> Figure:
             true = np.median(np.array(curves.value[name]), axis=1)
             left.plot(curves.steps, true, ":", color=COLORS[name], linewidth=2, label=f"{name} gets")
     if largest is not None:
-        left.axhline(
-            largest, color="black", linestyle="--", linewidth=1.2, label=f"most any policy can get: {largest:.1f}"
-        )
+        left.axhline(largest, color="black", linestyle="--", linewidth=1.2, label=f"no policy gets more: {largest:.1f}")
     positive = min(np.nanmin(rows) for rows in (*curves.q_start.values(), *curves.value.values())) > 0
     left.set_yscale("log" if positive else "symlog")
     left.set(title="Q at the start against the discounted return that follows", ylabel="discounted return, log scale")
     for name, rows in curves.returns.items():
         draw_seeds(right, curves.steps, np.array(rows), COLORS[name], name)
+    average = dataset.rewards.sum() / len(dataset.starts)
+    right.axhline(average, color="black", linestyle="--", linewidth=1.2, label=f"average in the data: {average:.0f}")
     right.set(title="Return of the greedy policy", ylabel="undiscounted return")
     if not positive:
         right.set_yscale("symlog")
     for axis in (left, right):
         axis.set_xlabel("gradient step")
         axis.grid(alpha=0.25)
-        axis.legend(fontsize=9, frameon=False)
+        axis.legend(fontsize=9, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncol=3)
     return figure
 
 
@@ -845,7 +854,9 @@ def run_table(args: Args, dataset: OfflineDataset, run_dir: RunDirectory, refere
     run_dir.checks += table_checks(outcomes, model, args, fork)
     run_dir.checks += reference_checks(outcomes, data, args, fork)
     if fork is None:
-        run_dir.write("training_curves.png", lesson.png(curves_figure(curves, f"CQL on {dataset.source}", None)))
+        run_dir.write(
+            "training_curves.png", lesson.png(curves_figure(curves, f"CQL on {dataset.source}", dataset, None))
+        )
         return
     shown = [o for o in outcomes if o.method.name != "CQL" or o.method.alpha == args.alpha]
     run_dir.write("policies.png", lesson.png(policies_figure(shown, data)))
@@ -857,7 +868,7 @@ def run_networks(args: Args, dataset: OfflineDataset, run_dir: RunDirectory, ref
     run_dir.checks += network_checks(curves, dataset, args, reference)
     largest = largest_value(dataset, args.gamma) if reference else None
     title = "CartPole, offline: how far from the truth are the values?" if reference else f"CQL on {dataset.source}"
-    run_dir.write("training_curves.png", lesson.png(curves_figure(curves, title, largest)))
+    run_dir.write("training_curves.png", lesson.png(curves_figure(curves, title, dataset, largest)))
 
 
 if __name__ == "__main__":
