@@ -27,6 +27,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
 
 from llmcore_hf.durability import write_atomically
 from llmcore_hf.errors import UserError
@@ -276,7 +277,7 @@ def _action_problems(actions: np.ndarray, space: gym.spaces.Discrete | None) -> 
 
 
 def _observation_problems(columns: dict[str, np.ndarray], space: gym.Space | None) -> list[str]:
-    problems = []
+    problems, most = [], int(space.n) if isinstance(space, gym.spaces.Discrete) else MOST
     for name in ("observations", "next_observations"):
         array = columns[name]
         discrete = array.ndim == 1
@@ -284,8 +285,8 @@ def _observation_problems(columns: dict[str, np.ndarray], space: gym.Space | Non
             problems.append(f"`{name}` has the shape {array.shape}, the environment observes {space.shape}")
         elif isinstance(space, gym.spaces.Discrete) and not discrete:
             problems.append(f"`{name}` has the shape {array.shape}, the environment has numbered states: expected (N,)")
-        elif discrete and not 0 <= array.min() <= array.max() < (n := MOST if space is None else int(space.n)):
-            problems.append(f"`{name}` goes from {array.min()} to {array.max()}: states are numbered 0 to {n - 1}")
+        elif discrete and not 0 <= array.min() <= array.max() < most:
+            problems.append(f"`{name}` goes from {array.min()} to {array.max()}: states are numbered 0 to {most - 1}")
     return problems
 
 
@@ -342,13 +343,23 @@ def from_minari(dataset_id: str, env_id: str | None = None) -> OfflineDataset:
         raise UserError('Minari is not installed: pip install "minari[hdf5]", or give an .npz file') from None
     try:
         stored = minari.load_dataset(dataset_id)
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except FileNotFoundError:
         raise UserError(
-            f"{dataset_id} is not in the local Minari store: {error}. `minari list local` shows it"
+            f"{dataset_id} is not in the local Minari store: `minari list local` shows what is, "
+            f"`minari download {dataset_id}` fetches it"
         ) from None
-    spec = stored.env_spec
-    provenance = {"minari_dataset": dataset_id, "env_id": spec.id if spec is not None else None}
+    except (ValueError, ImportError, OSError) as error:
+        raise UserError(f"{dataset_id} cannot be loaded by Minari: {error}") from None
+    provenance = {"minari_dataset": dataset_id, "env_id": _plain_id(stored.env_spec)}
     return from_episodes(stored.iterate_episodes(), provenance, f"minari:{dataset_id}", env_id)
+
+
+def _plain_id(spec: EnvSpec | None) -> str | None:
+    """The environment's id, when `gym.make(id)` makes just that environment: known here, and without arguments."""
+    try:
+        return spec.id if spec is not None and spec.kwargs == gym.spec(spec.id).kwargs else None
+    except gym.error.Error:
+        return None
 
 
 @dataclass
