@@ -792,30 +792,43 @@ def conservatism_figure(outcomes: list[Outcome], fork: Fork) -> Figure:
 def curves_figure(curves: Curves, title: str, dataset: OfflineDataset, largest: float | None) -> Figure:
     """Promised and true values over the training, and returns; a thin line per seed, a thick one for the median."""
     plt = plotting()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12.4, 5.0), layout="constrained")
+    known = not np.isnan(list(curves.returns.values())).any()
+    figure, axes = plt.subplots(1, 1 + known, figsize=(6.2 + 6.2 * known, 5.0), layout="constrained", squeeze=False)
     figure.suptitle(title, fontsize=13, fontweight="bold")
-    for name, rows in curves.q_start.items():
-        if name != CLONING.name:
-            draw_seeds(left, curves.steps, np.array(rows), COLORS[name], f"{name} promises")
-            true = np.median(np.array(curves.value[name]), axis=1)
-            left.plot(curves.steps, true, ":", color=COLORS[name], linewidth=2, label=f"{name} gets")
-    if largest is not None:
-        left.axhline(largest, color="black", linestyle="--", linewidth=1.2, label=f"no policy gets more: {largest:.1f}")
-    positive = min(np.nanmin(rows) for rows in (*curves.q_start.values(), *curves.value.values())) > 0
-    left.set_yscale("log" if positive else "symlog")
-    left.set(title="Q at the start against the discounted return that follows", ylabel="discounted return, log scale")
-    for name, rows in curves.returns.items():
-        draw_seeds(right, curves.steps, np.array(rows), COLORS[name], name)
-    average = dataset.rewards.sum() / len(dataset.starts)
-    right.axhline(average, color="black", linestyle="--", linewidth=1.2, label=f"average in the data: {average:.0f}")
-    right.set(title="Return of the greedy policy", ylabel="undiscounted return")
-    if not positive:
-        right.set_yscale("symlog")
-    for axis in (left, right):
+    draw_values(axes[0, 0], curves, largest, known)
+    if known:
+        draw_returns(axes[0, 1], curves, dataset.rewards.sum() / len(dataset.starts))
+    for axis in axes.flat:
         axis.set_xlabel("gradient step")
         axis.grid(alpha=0.25)
         axis.legend(fontsize=9, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncol=3)
     return figure
+
+
+def draw_values(axis: Axes, curves: Curves, largest: float | None, known: bool) -> None:
+    """Q(start) and, where `known`, the discounted return of the greedy policy; logits of cloning are no values."""
+    lowest = 0.0 if largest is None else largest
+    for name in (name for name in curves.q_start if name != CLONING.name):
+        draw_seeds(axis, curves.steps, np.array(curves.q_start[name]), COLORS[name], f"{name} promises")
+        lowest = min(lowest, np.min(curves.q_start[name]))
+        if known:
+            true = np.median(np.array(curves.value[name]), axis=1)
+            axis.plot(curves.steps, true, ":", color=COLORS[name], linewidth=2, label=f"{name} gets")
+            lowest = min(lowest, true.min())
+    if largest is not None:
+        axis.axhline(largest, color="black", linestyle="--", linewidth=1.2, label=f"no policy gets more: {largest:.1f}")
+    axis.set_yscale("log" if lowest > 0 else "symlog")
+    axis.set(title="Q at the start against the discounted return that follows", ylabel="discounted return, log scale")
+
+
+def draw_returns(axis: Axes, curves: Curves, average: float) -> None:
+    """Undiscounted returns of the greedy policies, and the `average` episode of the data."""
+    for name, rows in curves.returns.items():
+        draw_seeds(axis, curves.steps, np.array(rows), COLORS[name], name)
+    axis.axhline(average, color="black", linestyle="--", linewidth=1.2, label=f"average in the data: {average:.3g}")
+    if min(np.min(rows) for rows in curves.returns.values()) < 0:
+        axis.set_yscale("symlog")
+    axis.set(title="Return of the greedy policy", ylabel="undiscounted return")
 
 
 def draw_seeds(axis: Axes, steps: list[int], rows: np.ndarray, color: str, label: str) -> None:
