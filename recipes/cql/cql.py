@@ -105,8 +105,12 @@ class Args(offline_data.DatasetArguments):
             found.append(f"--epsilon {self.epsilon}: a share is in [0, 1]")
         if not 0 < self.learning_rate < math.inf:
             found.append(f"--learning_rate {self.learning_rate}: it must be a finite number above 0")
-        if self.tabular_steps < 1000:
-            found.append(f"--tabular_steps {self.tabular_steps}: the table needs 1000 steps to settle")
+        largest = max(value for value in (10.0, self.alpha, *self.alphas) if value < math.inf)  # not NaN either
+        if self.tabular_steps < 100 * largest:
+            found.append(
+                f"--tabular_steps {self.tabular_steps}: with alpha up to {largest:g} the table needs "
+                f"{100 * largest:.0f} steps to settle"
+            )
         counts = ("n_safe", "n_edge", "max_steps", "n_seeds", "n_transitions", "batch_size")
         for name in (*counts, "hidden_size", "target_update_interval", "logging_steps", "eval_episodes"):
             if getattr(self, name) < 1:
