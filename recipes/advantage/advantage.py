@@ -34,6 +34,7 @@ are estimated and none of this is exact; `critic_scale` is the model of such an 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import dataclass, field
@@ -544,7 +545,7 @@ def sampled_checks(args: Args, exact: Exact, samples: dict[str, Tensor]) -> list
     wrong = backup(args.critic_scale * exact.values[1:], args.gamma)  # (H, S, A) what the wrong critic makes of Q
     own = Against.of(samples[BIASED], exact.gradient(wrong))
     chain = ("return", "reward-to-go", "rtg - V", "TD residual", "Q - V")
-    ratios = {f"{b} / {a}": trace_ratio(samples[b], samples[a]) for a, b in zip(chain[:-1], chain[1:], strict=True)}
+    ratios = {f"{b} / {a}": trace_ratio(samples[b], samples[a]) for a, b in itertools.pairwise(chain)}
     return [
         Check(
             "advantage.unbiased_in_samples",
