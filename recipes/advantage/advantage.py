@@ -1,4 +1,4 @@
-"""Estimators of the policy gradient: all of them unbiased, some a hundred times noisier than others.
+"""Estimators of the policy gradient: all unbiased, some thousands of times noisier than others.
 
 The objective is J(theta) = E[ sum_{t<H} gamma^t r_{t+1} ], and its gradient is (policy gradient theorem, Sutton & Barto,
 2nd ed., section 13.2; REINFORCE, Williams 1992, section 13.3)
@@ -9,14 +9,14 @@ where Psi_t may be any of the following (Schulman et al. 2016, arXiv:1506.02438,
 them discounted to the start, as in the box of section 13.3). R = sum_k gamma^k r_{k+1}, G_t = sum_{k>=t} gamma^{k-t} r_{k+1}.
 
     return                 R
-    return - b*            R - b*                     b* the constant that gives the smallest variance,
-                                                      E[|z|^2 R] / E[|z|^2] with z = sum_t grad log pi (Greensmith et al. 2004)
-    reward-to-go           gamma^t G_t                an action cannot change the rewards before it
-    rtg - V                gamma^t (G_t - V_t(s_t))   a baseline may depend on the state (section 13.4, eq. 13.11)
-    rtg - wrong V          gamma^t (G_t - W_t(s_t))   ... on any function W of it: a wrong critic is a valid baseline
+    reward-to-go (rtg)     gamma^t G_t                an action cannot change the rewards before it
+    rtg - wrong V          gamma^t (G_t - W_t(s_t))   any function W of the state may be subtracted
+    return - b*            R - b*                     the constant with the smallest variance, b* = E[|z|^2 R] / E[|z|^2],
+                                                      z = sum_t grad log pi(a_t|s_t) (Greensmith et al. 2004)
+    rtg - V                gamma^t (G_t - V_t(s_t))   the usual baseline (section 13.4, eq. 13.11)
     TD residual            gamma^t (r_{t+1} + gamma V_{t+1}(s_{t+1}) - V_t(s_t))
     Q - V                  gamma^t A_t(s_t, a_t)      the advantage: what is left to average out is the choice of the action
-    wrong TD residual      gamma^t (r_{t+1} + gamma W_{t+1}(s_{t+1}) - W_t(s_t))   biased: here the critic is believed
+    wrong TD residual      gamma^t (r_{t+1} + gamma W_{t+1}(s_{t+1}) - W_t(s_t))   biased: a wrong critic is believed
 
 A baseline costs nothing in expectation, because E_a[grad log pi(a|s)] = 0; sum_a pi(a|s) A(s, a) = 0 is the same statement.
 
@@ -212,7 +212,7 @@ def enumerate_all(pi: Tensor, horizon: int) -> tuple[Trajectories, Tensor]:
     return Trajectories(states, actions, rewards), probabilities
 
 
-UNBIASED = ("return", "return - b*", "reward-to-go", "rtg - wrong V", "rtg - V", "TD residual", "Q - V")
+UNBIASED = ("return", "reward-to-go", "rtg - wrong V", "return - b*", "rtg - V", "TD residual", "Q - V")
 BIASED = "wrong TD residual"
 ESTIMATORS = (*UNBIASED, BIASED)
 
@@ -230,9 +230,9 @@ def psi(paths: Trajectories, exact: Exact, baseline: float, critic: Tensor, gamm
 
     return {
         "return": whole,
-        "return - b*": whole - baseline,
         "reward-to-go": to_go,
         "rtg - wrong V": to_go - discounts * critic[time, state],
+        "return - b*": whole - baseline,
         "rtg - V": to_go - discounts * exact.values[time, state],
         "TD residual": residual(exact.values),
         "Q - V": discounts * exact.advantages[time, state, paths.actions],
@@ -372,12 +372,13 @@ def draw_variances(samples: dict[str, Tensor], gradient: Tensor) -> Figure:
         left.barh(
             place, trace, xerr=half, color=COLORS[name], hatch="//" if name == BIASED else None, edgecolor="white"
         )
-        left.text(trace * 1.12, place, f"{trace:.3g}   (1/{most / trace:.3g})", va="center", fontsize=9)
+        part = "" if name == "return" else f"   = return / {_short(most / trace)}"
+        left.text(trace * 1.15, place, _short(trace) + part, va="center", fontsize=9)
     left.set_xscale("log")
-    left.set_xlim(right=most * 12)
+    left.set_xlim(right=most * 20)
     left.set_yticks(range(len(ESTIMATORS)), [f"{name} (biased)" if name == BIASED else name for name in ESTIMATORS])
     left.invert_yaxis()
-    left.set_xlabel("trace of the covariance of one trajectory's estimate (part of that of `return`)")
+    left.set_xlabel("trace of the covariance of the estimate from one trajectory")
     left.set_title("How noisy is each estimator of the same gradient?")
     total = len(samples["return"])
     counts = [n for n in (1, 3, 10, 30, 100, 300, 1000, 3000, 10_000) if n <= total // 20]
@@ -386,7 +387,9 @@ def draw_variances(samples: dict[str, Tensor], gradient: Tensor) -> Figure:
         style = "s--" if name == BIASED else "o-"
         right.plot(counts, errors, style, color=COLORS[name], label=name, markersize=4)
     right.axhline(gradient.norm(), color="black", linestyle=":", linewidth=1)
-    right.text(counts[-1], gradient.norm() * 1.08, "length of the gradient itself", ha="right", fontsize=9)
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+    label = "length of the gradient itself"
+    right.text(counts[-1], gradient.norm() * 1.1, label, ha="right", va="bottom", fontsize=9, bbox=box)
     right.set_xscale("log")
     right.set_yscale("log")
     right.set_xlabel("trajectories averaged")
@@ -398,32 +401,53 @@ def draw_variances(samples: dict[str, Tensor], gradient: Tensor) -> Figure:
     return figure
 
 
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.2g}"
+
+
 GROUP = 50  # trajectories behind each dot of the scatter
 
 
 def draw_scatter(samples: dict[str, Tensor], gradient: Tensor) -> Figure:
-    """Means of 50 trajectories around the exact gradient, in two of its coordinates; the axes are the same everywhere."""
-    figure, axes = _subplots(2, 4, 14, 7.2, sharex=True, sharey=True)
-    (s1, a1), (s2, a2) = FREE[0], FREE[1]
-    x, y = gradient[s1, a1].item(), gradient[s2, a2].item()
-    for axis, name in zip(axes.flat, ESTIMATORS, strict=True):
-        groups = min(400, len(samples[name]) // GROUP)
-        means = samples[name][: groups * GROUP].view(groups, GROUP, *gradient.shape).mean(1)
-        axis.plot(means[:, s1, a1], means[:, s2, a2], ".", color=COLORS[name], alpha=0.35, markersize=5)
-        mean = samples[name].mean(0)
-        axis.plot(x, y, "+", color="black", markersize=16, markeredgewidth=2, label="exact gradient")
-        axis.plot(mean[s1, a1], mean[s2, a2], "o", markerfacecolor="none", color="black", markersize=9, label="mean")
-        axis.set_title(f"{name} (biased)" if name == BIASED else name, fontsize=11)
-        axis.grid(alpha=0.25)
+    """Means of 50 trajectories around the exact gradient, in two of its coordinates. The second row looks closer."""
+    figure, axes = _subplots(2, 4, 14, 7.4, sharex="row", sharey="row")
+    x, y = (gradient[s, a].item() for s, a in FREE[:2])
+    reach = {}  # half the width and height of a row of pictures: 3.2 standard deviations of its noisiest estimator
+    for row, noisiest in ((0, "return"), (1, "rtg - V")):
+        reach[row] = [3.2 * samples[noisiest][:, s, a].std().item() / math.sqrt(GROUP) for s, a in FREE[:2]]
+    for place, (axis, name) in enumerate(zip(axes.flat, ESTIMATORS, strict=True)):
+        _draw_cloud(axis, samples[name], gradient, name)
+        width, height = reach[place // 4]
+        axis.set_xlim(x - width, x + width)
+        axis.set_ylim(y - height, y + height)
+        if place < 4:
+            width, height = reach[1]
+            frame = [x - width, x + width, x + width, x - width, x - width]
+            sides = [y - height, y - height, y + height, y + height, y - height]
+            axis.plot(frame, sides, color="black", linewidth=1, label="frame of the row below")
     axes[0, 0].legend(fontsize=8, loc="upper left")
-    spread = samples["return"].view(-1, *gradient.shape)
-    limits = [3.2 * spread[:, s, a].std().item() / math.sqrt(GROUP) for s, a in FREE[:2]]
-    axes[0, 0].set_xlim(x - limits[0], x + limits[0])
-    axes[0, 0].set_ylim(y - limits[1], y + limits[1])
+    (s1, a1), (s2, a2) = FREE[:2]
     figure.supxlabel(f"dJ / d theta({STATES[s1]}, {ACTIONS[a1]})")
     figure.supylabel(f"dJ / d theta({STATES[s2]}, {ACTIONS[a2]})")
-    figure.suptitle(f"Where do estimates from {GROUP} trajectories fall?")
+    closer = reach[0][0] / reach[1][0]
+    figure.suptitle(f"Where do estimates from {GROUP} trajectories fall? (second row: {closer:.0f} times closer)")
     return figure
+
+
+def _draw_cloud(axis: Any, samples: Tensor, gradient: Tensor, name: str) -> None:
+    (s1, a1), (s2, a2) = FREE[:2]
+    groups = min(400, len(samples) // GROUP)
+    means = samples[: groups * GROUP].view(groups, GROUP, *gradient.shape).mean(1)
+    mean = samples.mean(0)
+    axis.plot(means[:, s1, a1], means[:, s2, a2], ".", color=COLORS[name], alpha=0.35, markersize=5)
+    axis.plot(
+        gradient[s1, a1], gradient[s2, a2], "+", color="black", markersize=16, markeredgewidth=2, label="exact gradient"
+    )
+    axis.plot(
+        mean[s1, a1], mean[s2, a2], "o", markerfacecolor="none", color="black", markersize=9, label="mean of all dots"
+    )
+    axis.set_title(f"{name} (biased)" if name == BIASED else name, fontsize=11)
+    axis.grid(alpha=0.25)
 
 
 def draw_horizons(horizons: list[int], traces: dict[str, list[float]], lengths: list[float]) -> Figure:
