@@ -386,10 +386,7 @@ def draw_variances(samples: dict[str, Tensor], gradient: Tensor) -> Figure:
         errors = [error_of_means(samples[name], gradient, n) for n in counts]
         style = "s--" if name == BIASED else "o-"
         right.plot(counts, errors, style, color=COLORS[name], label=name, markersize=4)
-    right.axhline(gradient.norm(), color="black", linestyle=":", linewidth=1)
-    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
-    label = "length of the gradient itself"
-    right.text(counts[-1], gradient.norm() * 1.1, label, ha="right", va="bottom", fontsize=9, bbox=box)
+    right.axhline(gradient.norm(), color="black", linestyle=":", linewidth=1, label="length of the gradient itself")
     right.set_xscale("log")
     right.set_yscale("log")
     right.set_xlabel("trajectories averaged")
@@ -444,7 +441,13 @@ def _draw_cloud(axis: Any, samples: Tensor, gradient: Tensor, name: str) -> None
         gradient[s1, a1], gradient[s2, a2], "+", color="black", markersize=16, markeredgewidth=2, label="exact gradient"
     )
     axis.plot(
-        mean[s1, a1], mean[s2, a2], "o", markerfacecolor="none", color="black", markersize=9, label="mean of all dots"
+        mean[s1, a1],
+        mean[s2, a2],
+        "o",
+        markerfacecolor="none",
+        color="black",
+        markersize=9,
+        label="mean of all trajectories",
     )
     axis.set_title(f"{name} (biased)" if name == BIASED else name, fontsize=11)
     axis.grid(alpha=0.25)
