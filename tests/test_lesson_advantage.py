@@ -274,14 +274,15 @@ def test_the_exponent_of_a_power_law() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 3, 4])
 def test_claims_hold_on_five_seeds(seed: int) -> None:
-    """20 steps, 10,000 trajectories. Measured over seeds 0 to 19: return / (Q - V) from 6,740 to 7,190, return /
-    reward-to-go from 2.97 to 3.03, largest z from 1.1 to 3.1."""
+    """Measured with 20 steps and 10,000 trajectories over seeds 0 to 19, how many times the variance of the return is that of
+    reward-to-go: 2.98 to 3.10, rtg - V: 162 to 178, Q - V: 6,868 to 7,127; the largest z 1.2 to 2.9. The bounds are wider.
+    """
     args = adv.Args(num_trajectories=10_000, seed=seed)
     exact, samples = adv.all_estimates(args, args.horizon, seed)
     checks = {check.id: check for check in adv.sampled_checks(args, exact, samples)}
     assert all(check.passed for check in checks.values()), checks
-    assert 6000 < 1 / adv.trace_ratio(samples["Q - V"], samples["return"])[0] < 8000
-    assert 2.8 < 1 / adv.trace_ratio(samples["reward-to-go"], samples["return"])[0] < 3.2
+    for name, low, high in (("reward-to-go", 2.8, 3.3), ("rtg - V", 145, 195), ("Q - V", 6500, 7500)):
+        assert low < 1 / adv.trace_ratio(samples[name], samples["return"])[0] < high
 
 
 # --- options, pictures, runs ------------------------------------------------------------------------------------------
@@ -313,9 +314,7 @@ def test_a_bad_option_is_named_in_one_sentence(options: dict[str, Any], words: s
 def test_exact_checks_hold_for_other_options() -> None:
     for gamma, scale in ((0.0, 0.5), (0.5, -1.0), (0.999, 0.0)):
         checks = adv.exact_checks(adv.Args(gamma=gamma, critic_scale=scale, enumerated_horizon=4))
-        failed = [check.id for check in checks if not check.passed]
-        # without a discount of the future there is nothing to believe: a wrong critic does no harm
-        assert failed == ([] if gamma else ["advantage.unbiased_exactly"])
+        assert all(check.passed for check in checks), checks
 
 
 def test_pictures_show_what_they_say() -> None:
