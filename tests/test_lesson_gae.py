@@ -318,6 +318,14 @@ def test_the_check_survives_two_equal_halves() -> None:
     assert lesson_file.Measured(powers[:, None, None], 4000).standard_errors()[1].item() > 0
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+@pytest.mark.parametrize("critic_scale", [0.0, 1.0, -2.0])
+def test_the_checks_of_the_walk_hold_for_other_options(gamma: float, critic_scale: float) -> None:
+    walk, lambdas = lesson_file.Walk.make(gamma, critic_scale), [0.0, 0.5, 1.0]
+    checks = lesson_file.walk_checks(walk, lambdas, lesson_file.sample_moments(walk, lambdas, 1000, 0))
+    assert [check.passed for check in checks if check.kind == "invariant"] == [True, True]
+
+
 # --- ends of episodes -------------------------------------------------------------------------------------------------
 
 
