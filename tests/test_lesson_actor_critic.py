@@ -6,7 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -202,6 +202,30 @@ def test_the_step_that_only_resets_teaches_nothing() -> None:
         ac.update(model, torch.optim.Adam(model.parameters(), lr=0.1), rollout, args)
         results.append([parameter.detach().clone() for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_the_learning_rate_falls_linearly_and_rows_are_means_over_their_updates(monkeypatch) -> None:
+    class Log:
+        rows: ClassVar[list[dict[str, Any]]] = []
+
+        def log(self, row: dict[str, Any]) -> None:
+            self.rows.append(row)
+
+    seen = []
+
+    def update(model: Any, optimizer: Any, rollout: Any, args: Any) -> dict[str, torch.Tensor]:
+        seen.append(optimizer.param_groups[0]["lr"])
+        return {"value": torch.tensor([float(len(seen)), 0.0])}
+
+    monkeypatch.setattr(ac, "update", update)
+    monkeypatch.setattr(ac, "N_ROWS", 2)
+    args = ac.Args(num_runs=1, num_envs=2, num_steps=3, total_timesteps=4 * 6 + 5, learning_rate=0.1)
+    player = ac.Player(ac.make_envs("CartPole-v1", 4, seed=0), 2, torch.Generator().manual_seed(0))
+    curves = ac.train(args, ac.ActorCritic(args, 4, 2, 0), player, Log())
+    assert seen == pytest.approx([0.1, 0.075, 0.05, 0.025])
+    assert curves["step"].tolist() == [12, 24] and curves["value"].tolist() == [[1.5, 0], [3.5, 0]]
+    assert [row["value"] for row in Log.rows] == [1.5, 3.5]
+    assert math.isnan(Log.rows[0]["return"])  # no episode ends within six steps
 
 
 def test_runs_do_not_influence_each_other() -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -284,6 +284,39 @@ def test_the_first_update_is_the_same_in_both_variants_for_the_same_episodes() -
     assert torch.equal(weights[0], weights[1]) and weights.abs().max() > 0
     agents.update(twice)
     assert not torch.allclose(agents.policy.out_weight[0], agents.policy.out_weight[1])
+
+
+def test_every_update_has_a_gradient_of_its_own() -> None:
+    """On the same episodes, with steps too small to matter, the gradient is the same and does not pile up."""
+    agents, episodes = make_agents(num_runs=1, learning_rate=1e-12, value_learning_rate=1e-12), random_episodes()
+    gradients = []
+    for _ in range(2):
+        agents.update(episodes)
+        networks = (agents.policy, agents.value)
+        gradients.append(torch.cat([p.grad.flatten() for net in networks for p in net.parameters()]))
+    assert gradients[0].abs().max() > 0
+    assert torch.allclose(*gradients, rtol=1e-3, atol=1e-6)
+
+
+def test_the_learning_rate_of_the_policy_falls_linearly(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Log:
+        rows: ClassVar[list[dict[str, Any]]] = []
+
+        def log(self, row: dict[str, Any]) -> None:
+            self.rows.append(row)
+
+    agents, seen = make_agents(num_runs=1, num_iterations=4, learning_rate=0.1), []
+    update = agents.update
+    monkeypatch.setattr(pg, "rollout", lambda *arguments: random_episodes())
+    monkeypatch.setattr(
+        agents, "update", lambda e: (seen.append(agents.policy_optimizer.param_groups[0]["lr"]), update(e))[1]
+    )
+    curves = pg.train(agents.args, agents, None, None, Log())
+    assert seen == pytest.approx([0.1, 0.075, 0.05, 0.025])
+    assert curves["return"].shape == (4, 2) and curves["value_loss"].shape == (4, 1)
+    assert Log.rows[-1]["step"] == 4 * 8
+    assert Log.rows[-1]["return"] == pytest.approx(curves["return"][-1, 0].item())
+    assert Log.rows[-1]["no_baseline/return"] == pytest.approx(curves["return"][-1, 1].item())
 
 
 def test_runs_do_not_influence_each_other() -> None:
