@@ -6,7 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -60,7 +60,7 @@ def randomize(networks: Any, seed: int = 0) -> Any:
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 0.99, 1.0])
 def test_rewards_to_go_match_a_naive_loop(gamma: float) -> None:
     episodes = random_episodes()
-    result = pg.rewards_to_go(episodes.rewards.double(), episodes.mask, gamma)
+    result = pg.rewards_to_go(episodes.rewards.double(), gamma)
     for r, t, n in np.ndindex(*result.shape):
         length = int(episodes.mask[r, :, n].sum())
         expected = sum(gamma ** (k - t) * episodes.rewards[r, k, n].item() for k in range(t, length))
@@ -69,7 +69,7 @@ def test_rewards_to_go_match_a_naive_loop(gamma: float) -> None:
 
 def test_the_return_of_one_reward_per_step_is_a_geometric_sum() -> None:
     ones = torch.ones(1, 500, 1, dtype=torch.float64)
-    returns = pg.rewards_to_go(ones, ones.bool(), 0.99)[0, :, 0]
+    returns = pg.rewards_to_go(ones, 0.99)[0, :, 0]
     left = torch.arange(500, 0, -1, dtype=torch.float64)
     assert torch.allclose(returns, (1 - 0.99**left) / 0.01, atol=1e-10)
 
@@ -115,7 +115,7 @@ def test_the_theorem_holds_by_counting() -> None:
 
 def test_the_gradient_matches_finite_differences_of_the_surrogate() -> None:
     episodes, policy = random_episodes(), randomize(make_agents(num_runs=1, hidden_size=3).policy).double()
-    weights = pg.rewards_to_go(episodes.rewards.double(), episodes.mask, 0.9)
+    weights = pg.rewards_to_go(episodes.rewards.double(), 0.9)
 
     def loss() -> torch.Tensor:
         logits = policy(episodes.observations.double())
@@ -157,7 +157,7 @@ def test_weights_are_constants_for_the_gradient() -> None:
 def test_the_gradients_of_single_episodes_average_to_the_gradient_of_the_batch() -> None:
     episodes, agents = random_episodes(n_runs=4), make_agents(num_runs=2, hidden_size=3)
     policy = randomize(agents.policy)
-    weights = pg.rewards_to_go(episodes.rewards, episodes.mask, 0.9)
+    weights = pg.rewards_to_go(episodes.rewards, 0.9)
     logprobs = pg.log_probabilities(policy(episodes.observations), episodes.actions)
     (-pg.policy_loss(logprobs, weights, episodes.mask)).sum().backward()
     batch = torch.cat([p.grad.flatten(1) for p in policy.parameters()], dim=1)  # (R, P)
@@ -286,6 +286,39 @@ def test_the_first_update_is_the_same_in_both_variants_for_the_same_episodes() -
     assert not torch.allclose(agents.policy.out_weight[0], agents.policy.out_weight[1])
 
 
+def test_every_update_has_a_gradient_of_its_own() -> None:
+    """On the same episodes, with steps too small to matter, the gradient is the same and does not pile up."""
+    agents, episodes = make_agents(num_runs=1, learning_rate=1e-12, value_learning_rate=1e-12), random_episodes()
+    gradients = []
+    for _ in range(2):
+        agents.update(episodes)
+        networks = (agents.policy, agents.value)
+        gradients.append(torch.cat([p.grad.flatten() for net in networks for p in net.parameters()]))
+    assert gradients[0].abs().max() > 0
+    assert torch.allclose(*gradients, rtol=1e-3, atol=1e-6)
+
+
+def test_the_learning_rate_of_the_policy_falls_linearly(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Log:
+        rows: ClassVar[list[dict[str, Any]]] = []
+
+        def log(self, row: dict[str, Any]) -> None:
+            self.rows.append(row)
+
+    agents, seen = make_agents(num_runs=1, num_iterations=4, learning_rate=0.1), []
+    update = agents.update
+    monkeypatch.setattr(pg, "rollout", lambda *arguments: random_episodes())
+    monkeypatch.setattr(
+        agents, "update", lambda e: (seen.append(agents.policy_optimizer.param_groups[0]["lr"]), update(e))[1]
+    )
+    curves = pg.train(agents.args, agents, None, None, Log())
+    assert seen == pytest.approx([0.1, 0.075, 0.05, 0.025])
+    assert curves["return"].shape == (4, 2) and curves["value_loss"].shape == (4, 1)
+    assert Log.rows[-1]["step"] == 4 * 8
+    assert Log.rows[-1]["return"] == pytest.approx(curves["return"][-1, 0].item())
+    assert Log.rows[-1]["no_baseline/return"] == pytest.approx(curves["return"][-1, 1].item())
+
+
 def test_runs_do_not_influence_each_other() -> None:
     """Other episodes in run 1 leave run 0 as it was."""
     results = []
@@ -328,7 +361,7 @@ def test_the_baseline_ignores_padding() -> None:
     for garbage in (0.0, 1e3):
         agents, episodes = make_agents(num_runs=1), random_episodes(n_runs=2)
         episodes.observations[~episodes.mask] = garbage
-        agents.fit_values(episodes, pg.rewards_to_go(episodes.rewards, episodes.mask, 0.9)[:1])
+        agents.fit_values(episodes, pg.rewards_to_go(episodes.rewards, 0.9)[:1])
         results.append(agents.value.out_weight.detach())
     assert torch.equal(*results)
 
@@ -403,9 +436,9 @@ def test_the_theorem_checks_pass() -> None:
         ("policy_loss", lambda logprobs, weights, mask: (logprobs * weights * mask).sum(1).mean(1)),  # sign
         ("policy_loss", lambda logprobs, weights, mask: -(logprobs * weights).sum(1).mean(1)),  # no mask
         ("policy_loss", lambda logprobs, weights, mask: -(logprobs * weights * mask).mean((1, 2))),  # mean over steps
-        ("rewards_to_go", lambda rewards, mask, gamma: rewards),  # no future
-        ("rewards_to_go", lambda rewards, mask, gamma: rewards.flip(1).cumsum(1).flip(1) - rewards),  # off by one
-        ("rewards_to_go", lambda rewards, mask, gamma: rewards.cumsum(1)),  # the past instead of the future
+        ("rewards_to_go", lambda rewards, gamma: rewards),  # no future
+        ("rewards_to_go", lambda rewards, gamma: rewards.flip(1).cumsum(1).flip(1) - rewards),  # off by one
+        ("rewards_to_go", lambda rewards, gamma: rewards.cumsum(1)),  # the past instead of the future
         ("log_probabilities", lambda logits, actions: logits.gather(-1, actions.unsqueeze(-1)).squeeze(-1)),
     ],
 )
@@ -418,7 +451,7 @@ def test_the_check_of_returns(monkeypatch: pytest.MonkeyPatch) -> None:
     episodes = random_episodes()
     assert pg.returns_check(episodes, 0.9).passed
     correct = pg.rewards_to_go
-    monkeypatch.setattr(pg, "rewards_to_go", lambda rewards, mask, gamma: correct(rewards, mask, 0.95 * gamma))
+    monkeypatch.setattr(pg, "rewards_to_go", lambda rewards, gamma: correct(rewards, 0.95 * gamma))
     assert not pg.returns_check(episodes, 0.9).passed
 
 

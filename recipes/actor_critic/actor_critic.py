@@ -658,21 +658,17 @@ def curves_figure(args: Args, curves: dict[str, Tensor], worth: dict[str, Tensor
     axes[1, 0].axhline(math.log(n_actions), color=GREY, linestyle=":", label=f"uniform: log {n_actions}")
     axes[1, 0].set_ylim(0, 1.1 * math.log(n_actions))
     axes[1, 1].axhline(1, color=GREY, linestyle=":", label="perfect")
-    axes[1, 1].set_ylim(-1.05, 1.15)
+    axes[1, 1].set_ylim(-1.05, 1.4)
     axes[1, 2].set_yscale("log")
     truth_panel(axes[0, 2], args, worth)
     for axis in axes.flat:
         axis.grid(alpha=0.25)
-        if axis not in (axes[0, 1], axes[1, 2]):
-            axis.legend(*dotted(axis), frameon=False, fontsize=9)
+    places = {"lower right": axes[0, 0], "upper left": axes[0, 2], "lower left": axes[1, 0], "upper right": axes[1, 1]}
+    for place, axis in places.items():  # reference lines only: the two ways have one legend for all panels
+        dotted = [line for line in axis.lines if line.get_linestyle() == ":"]
+        axis.legend(handles=dotted, loc=place, frameon=False, fontsize=9)
     figure.legend(handles=axes[0, 1].lines, loc="outside lower center", ncols=2, frameon=False, fontsize=11)
     return figure
-
-
-def dotted(axis: Axes) -> tuple[list[Any], list[str]]:
-    """The reference lines of a panel; the two ways have one legend for all panels."""
-    lines = [line for line in axis.lines if line.get_linestyle() == ":"]
-    return lines, [str(line.get_label()) for line in lines]
 
 
 def both_ways(axis: Axes, args: Args, curves: dict[str, Tensor], name: str) -> None:
@@ -681,8 +677,9 @@ def both_ways(axis: Axes, args: Args, curves: dict[str, Tensor], name: str) -> N
         (curves[name][:, args.num_runs :], CUT, "time limit taken as terminal"),
         (curves[name][:, : args.num_runs], BOOTSTRAP, "bootstrap at the time limit"),
     ):
-        known = ~runs.isnan().all(1)
-        step, values = curves["step"][known].numpy(), runs[known].numpy()  # (rows, R)
+        finite = runs.isfinite()
+        known = finite.any(1)
+        step, values = curves["step"][known].numpy(), runs.where(finite, math.nan)[known].numpy()  # (rows, R)
         axis.fill_between(step, np.nanmin(values, 1), np.nanmax(values, 1), color=color, alpha=0.15, linewidth=0)
         axis.plot(step, np.nanmean(values, 1), color=color, linewidth=1.8, label=label)
 
@@ -726,8 +723,7 @@ def policy_figure(
         x, y = angle.rad2deg().numpy(), velocity.numpy()
         picture = axis.pcolormesh(x, y, values_shown.numpy(), shading="gouraud", **style)
         dots = seen[when][:: max(1, len(seen[when]) // 400)]
-        color = "black" if axis is not axes[2] else "white"
-        axis.scatter(dots[:, 2].rad2deg(), dots[:, 3], s=5, color=color, alpha=0.4, linewidths=0)
+        axis.scatter(dots[:, 2].rad2deg(), dots[:, 3], s=5, color="black", alpha=0.4, linewidths=0)
         axis.set(title=title, xlabel="pole angle (degrees, positive = leans right)", xlim=(-12, 12), ylim=(-2.5, 2.5))
         if axis is not axes[0]:
             figure.colorbar(picture, ax=axis, label="V(s)" if axis is axes[2] else "probability of pushing right")

@@ -191,11 +191,11 @@ def choose(logits: Tensor, generator: torch.Generator, greedy: bool) -> Tensor:
     return torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=generator).view(logits.shape[:-1])
 
 
-def rewards_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """G_t = R_{t+1} + gamma G_{t+1}, computed from the end; 0 in the padding. (R, T, N) -> (R, T, N)"""
+def rewards_to_go(rewards: Tensor, gamma: float) -> Tensor:
+    """G_t = R_{t+1} + gamma G_{t+1}, computed from the end; rewards in the padding are 0. (R, T, N) -> (R, T, N)"""
     result, following = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
-        following = (rewards[:, t] + gamma * following) * mask[:, t]
+        following = rewards[:, t] + gamma * following
         result[:, t] = following
     return result
 
@@ -269,7 +269,7 @@ class Agents:
     def update(self, episodes: Episodes) -> dict[str, Tensor]:
         """One policy update of all runs, then the fit of the baselines. What was measured before it: (2R,) or (R,)"""
         n, mask = self.args.num_runs, episodes.mask
-        returns = rewards_to_go(episodes.rewards, mask, self.args.gamma)  # (2R, T, N)
+        returns = rewards_to_go(episodes.rewards, self.args.gamma)  # (2R, T, N)
         values = self.values(episodes).detach()  # (R, T, N)
         weights = torch.cat([returns[:n] - values, returns[n:]])
         logits = self.policy(episodes.observations)  # (2R, T, N, A)
@@ -399,7 +399,7 @@ def exact_gradients(theta: Tensor, baseline: Tensor) -> tuple[Tensor, Tensor]:
         shift.view(-1)[i] = h
         differences.view(-1)[i] = (expected_return(theta + shift) - expected_return(theta - shift)) / (2 * h)
     theta = theta.clone().requires_grad_()
-    weights = rewards_to_go(rewards, mask, gamma=1.0) - baseline[states]
+    weights = rewards_to_go(rewards, gamma=1.0) - baseline[states]
     losses = policy_loss(logprobs(theta), weights, mask)  # (8,), one per sequence
     (gradient,) = torch.autograd.grad((probability(theta).detach() * losses).sum(), theta)
     return differences, -gradient
@@ -439,11 +439,11 @@ def theorem_checks() -> list[Check]:
 
 def returns_check(episodes: Episodes, gamma: float) -> Check:
     """The recursion from the end against the sum of the definition, in float64, on real episodes of the first run."""
-    rewards, mask = episodes.rewards[:1].double(), episodes.mask[:1]
-    fast = rewards_to_go(rewards, mask, gamma)[0]  # (T, N)
+    rewards = episodes.rewards[:1].double()
+    fast = rewards_to_go(rewards, gamma)[0]  # (T, N)
     powers = gamma ** torch.arange(len(fast), dtype=torch.float64)
     sums = torch.stack([(powers[: len(fast) - t, None] * rewards[0, t:]).sum(0) for t in range(len(fast))])
-    error = (fast - sums * mask[0]).abs().max().item()
+    error = (fast - sums).abs().max().item()
     return Check(
         "policy_gradient.returns_match_definition",
         "invariant",
