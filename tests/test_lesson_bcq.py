@@ -497,8 +497,9 @@ def curves_of(dqn: list[float], bcq_q: list[float], value: float = 20.0, dqn_val
     [
         (curves_of([190.0, 60.0], [21.0, 22.5]), set()),
         (curves_of([190.0, 39.0], [21.0, 22.5]), {"dqn_overestimates"}),
-        (curves_of([190.0, 60.0], [21.0, 25.5]), {"dqn_overestimates", "q_start_near_true_value"}),
-        (curves_of([190.0, 60.0], [21.0, 14.0]), {"q_start_near_true_value"}),
+        (curves_of([190.0, 60.0], [21.0, 25.5]), {"dqn_overestimates"}),
+        (curves_of([190.0, 60.0], [27.0, 25.5]), {"dqn_overestimates", "q_start_near_true_value"}),
+        (curves_of([190.0, 60.0], [11.0, 14.0]), {"q_start_near_true_value"}),
         (curves_of([190.0, 60.0], [21.0, 22.0], dqn_value=16.0), {"better_than_dqn"}),
     ],
 )
