@@ -216,9 +216,8 @@ class Curves:
     """How a training went: per method and evaluation, three arrays over the seeds. NaN where nothing is known."""
 
     steps: list[int] = field(default_factory=list)
-    q_start: dict[str, list[np.ndarray]] = field(
-        default_factory=dict
-    )  # what the method promises itself: max_a Q(start, a)
+    # what the method promises itself: max_a Q(start, a)
+    q_start: dict[str, list[np.ndarray]] = field(default_factory=dict)
     value: dict[str, list[np.ndarray]] = field(default_factory=dict)  # discounted return its greedy policy really gets
     returns: dict[str, list[np.ndarray]] = field(default_factory=dict)  # the same, undiscounted
 
@@ -642,8 +641,9 @@ def network_checks(curves: Curves, dataset: OfflineDataset, args: Args, referenc
     """`reference`: the data are the lesson's own, whose measured spread set the bounds (README.md)."""
     known, largest = dataset.env_id is not None, largest_value(dataset, args.gamma)
     margin = 0.25 * abs(largest)
-    peaks = {name: np.max(curves.q_start[name], axis=0) for name in ("DQN", "CQL")}  # (seeds,), over the training
-    overestimates = (peaks["DQN"] > largest + 4 * margin).all() and (peaks["CQL"] < largest + margin).all()
+    # (seeds,), the highest over the training
+    peaks = {name: np.max(curves.q_start[name], axis=0) for name in ("DQN", "CQL")}
+    overestimates = (peaks["DQN"] > 2 * largest).all() and (peaks["CQL"] < largest + margin).all()
     q_start, value = curves.q_start["CQL"][-1], curves.value["CQL"][-1]
     difference = float(np.abs(q_start - value).max())
     values = {name: float(rows[-1].mean()) for name, rows in curves.value.items()}
@@ -654,7 +654,7 @@ def network_checks(curves: Curves, dataset: OfflineDataset, args: Args, referenc
             "dqn_overestimates",
             bool(overestimates) if reference else None,
             {"lowest peak of DQN": float(peaks["DQN"].min()), "highest peak of CQL": float(peaks["CQL"].max())},
-            f"in every seed Q(start) of DQN at some time above {largest + 4 * margin:.2f}, twice what any policy can get, "
+            f"in every seed Q(start) of DQN at some time above {2 * largest:.2f}, twice what any policy can get, "
             f"and that of CQL never above {largest + margin:.2f}"
             if reference
             else ONLY_HERE,
