@@ -17,7 +17,7 @@ STAMPS := $(VENV)/.stamps
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast lint format seeds bench torture clean
+.PHONY: help demo test test-fast lint format seeds bench bench-rl torture clean
 
 help:  ## list the targets
 	@echo "make <target>, where target is one of"
@@ -48,6 +48,9 @@ seeds: $(STAMPS)/base  ## run the toy recipes with several seeds (SEEDS="0 1 2 3
 bench: $(STAMPS)/base  ## compare with plain TRL: training time and losses, and preparing a million rows
 	$(PY) benchmarks/wrapper_overhead.py
 	$(PY) benchmarks/data_scale.py
+
+bench-rl: $(STAMPS)/base  ## compare the RL lessons with quantecon, torchrl and d3rlpy
+	$(PY) benchmarks/rl.py
 
 torture: $(STAMPS)/base  ## kill runs at random moments, resume them, compare with uninterrupted ones
 	$(PY) benchmarks/kill_resume.py
