@@ -276,12 +276,16 @@ def all_estimates(args: Args, horizon: int, seed: int) -> tuple[Exact, dict[str,
     sizes = [min(size, args.num_trajectories - done) for done in range(0, args.num_trajectories, size)]
     pilots = [best_constant(sample(exact.pi, horizon, n, generator), exact.pi, exact.discounts) for n in sizes]
     baseline = sum(n * b for n, b in zip(sizes, pilots, strict=True)) / args.num_trajectories
-    parts: dict[str, list[Tensor]] = {name: [] for name in ESTIMATORS}
+    shape = (args.num_trajectories, len(STATES), len(ACTIONS))
+    # filled in place: pieces kept among the temporaries would keep the heap from shrinking
+    samples = {name: torch.empty(shape, dtype=torch.float64) for name in ESTIMATORS}
+    done = 0
     for n in sizes:
         paths = sample(exact.pi, horizon, n, generator)
         for name, part in estimates(paths, psi(paths, exact, baseline, critic, args.gamma), exact.pi).items():
-            parts[name].append(part)
-    return exact, {name: torch.cat(tensors) for name, tensors in parts.items()}
+            samples[name][done : done + n] = part
+        done += n
+    return exact, samples
 
 
 # ---------------------------------------------------------------------------------------------------------------------
