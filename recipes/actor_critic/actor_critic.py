@@ -734,7 +734,7 @@ def policy_figure(
     for axis, title, values_shown, style, when in (
         (axes[0], f"Actor before: greedy episodes last {lengths['before']:.0f} steps", start, diverging, "before"),
         (axes[1], f"Actor after: greedy episodes last {lengths['after']:.0f} steps", right, diverging, "after"),
-        (axes[2], "Critic after: what is a state worth?", values[0], {"cmap": "viridis"}, "after"),
+        (axes[2], "Critic after (a guess away from the dots)", values[0], {"cmap": "viridis"}, "after"),
     ):
         x, y = angle.rad2deg().numpy(), velocity.numpy()
         picture = axis.pcolormesh(x, y, values_shown.numpy(), shading="gouraud", **style)
