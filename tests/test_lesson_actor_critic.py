@@ -555,17 +555,20 @@ def test_the_entropy_check() -> None:
 def test_the_learning_checks() -> None:
     before, after = torch.full((4,), 9.0), torch.tensor([480.0, 500.0, 100.0, 100.0])
 
-    def passed(after: Any = after, worth: Any = WORTH, explained: float = 1.0, **options: Any) -> list[bool | None]:
+    def passed(
+        after: Any = after, worth: Any = WORTH, explained: float = 1.0, share_cut: float = 0.9, **options: Any
+    ) -> list[bool | None]:
         curves = fake_curves()
         curves["explained_variance"] *= explained
         args = ac.Args(num_runs=2, **options)  # CartPole-v1 is solved at 475
-        return [check.passed for check in ac.learning_checks(args, curves, before, after, worth)]
+        return [check.passed for check in ac.learning_checks(args, curves, before, after, worth, share_cut)]
 
     assert passed() == [True, True, True]
     assert passed(after=torch.tensor([470.0, 500.0, 500.0, 500.0]))[0] is False
     assert passed(target_return=490.0)[0] is False
     swapped = {name: values.flip(0) for name, values in WORTH.items()}
     assert passed(worth=swapped)[1] is False
+    assert passed(worth=swapped, share_cut=0.4)[1] is None  # the limit is hardly ever reached
     assert passed(explained=0.0)[2] is False and passed(explained=-1.0)[2] is False
 
 

@@ -581,9 +581,19 @@ def entropy_check(curves: dict[str, Tensor], first: Tensor, n_actions: int) -> C
 
 
 def learning_checks(
-    args: Args, curves: dict[str, Tensor], before: Tensor, after: Tensor, worth: dict[str, Tensor]
+    args: Args, curves: dict[str, Tensor], before: Tensor, after: Tensor, worth: dict[str, Tensor], share_cut: float
 ) -> list[Check]:
-    """Has the actor learned, does the critic know what states are worth, and what does the time limit do to it?"""
+    """Has the actor learned, does the critic know what states are worth, and what does the time limit do to it?
+
+    Seen over seeds 42, 1, 2, 3, 4: worst greedy return 302 to 495 in the toy (bound 150) and 500 in the full recipe (475);
+    error of the value 2.1 to 4.3 against 6.6 to 9.2, and 0.2 to 0.4 against 10.7 to 13.0; best explained variance 0.64 to
+    0.74, and 0.51 to 0.61 (bound 0.3).
+
+    Args:
+        before, after: greedy return of each run. (2R,)
+        worth: of start states, as `value_errors` gives it.
+        share_cut: of the greedy episodes after training, those that the time limit ends.
+    """
     n = args.num_runs
     target = args.target_return if args.target_return is not None else reward_threshold(args.env_id)
     worst = after[:n].min().item()
@@ -604,12 +614,18 @@ def learning_checks(
         Check(
             "actor_critic.bootstrap_at_the_time_limit_gives_better_values",
             "learning",
-            right < cut,
-            {"error": right, "error_when_the_limit_counts_as_terminal": cut, "true": worth["true"][:n].mean().item()},
-            "mean |V - true value| of start states, without time limit: smaller when the critic bootstraps",
-            "把时间截断当作终止，评论家会低估状态价值；若自举反而更差，说明截断处理写反，或训练中还没有碰到时间上限。",
-            "A critic that takes the time limit for an end undervalues states; if bootstrapping is worse, the two are "
-            "mixed up, or training never reached the limit.",
+            right < cut if share_cut >= 0.5 else None,
+            {
+                "error": right,
+                "error_when_the_limit_counts_as_terminal": cut,
+                "true": worth["true"][:n].mean().item(),
+                "share_of_episodes_cut": share_cut,
+            },
+            "mean |V - true value| of start states, without time limit: smaller when the critic bootstraps (to be seen "
+            "when the limit ends at least half of the episodes)",
+            "把时间截断当作终止，评论家对状态价值的估计会错；若自举反而更差，说明两种处理写反了。回合很少碰到上限时看不出差别。",
+            "A critic that takes the time limit for an end has wrong values; if bootstrapping is worse, the two are "
+            "mixed up. When the limit is hardly ever reached there is nothing to see.",
         ),
         Check(
             "actor_critic.critic_explains_returns",
@@ -718,7 +734,7 @@ def policy_figure(
     for axis, title, values_shown, style, when in (
         (axes[0], f"Actor before: greedy episodes last {lengths['before']:.0f} steps", start, diverging, "before"),
         (axes[1], f"Actor after: greedy episodes last {lengths['after']:.0f} steps", right, diverging, "after"),
-        (axes[2], "Critic after: what is a state worth?", values[0], {"cmap": "viridis"}, "after"),
+        (axes[2], "Critic after (a guess away from the dots)", values[0], {"cmap": "viridis"}, "after"),
     ):
         x, y = angle.rad2deg().numpy(), velocity.numpy()
         picture = axis.pcolormesh(x, y, values_shown.numpy(), shading="gouraud", **style)
@@ -781,7 +797,9 @@ def run(args: Args, run_dir: RunDirectory) -> None:
         uniform = entropy(untrained(rollout.observations[:, :-1])[0], rollout.mask)
     run_dir.checks += [theorem_check(), n_step_check(rollout, values, args.gamma)]
     run_dir.checks += [entropy_check(curves, uniform, n_actions)]
-    run_dir.checks += learning_checks(args, curves, before.mean(1), after.mean(1), worth)
+    lengths = seen_after[1][:n].sum(1)  # (R, N)
+    share_cut = (lengths == gymnasium.spec(args.env_id).max_episode_steps).float().mean().item()
+    run_dir.checks += learning_checks(args, curves, before.mean(1), after.mean(1), worth, share_cut)
     run_dir.write("policy.safetensors", policy_file(args, model, n_actions, after[0].mean().item()))
     per_run = {"eval_return_before": before.mean(1), "eval_return_after": after.mean(1), **worth}
     results = {
