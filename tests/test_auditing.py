@@ -112,6 +112,14 @@ def test_a_prompt_may_stand_in_test_and_validation(tmp_path: Path) -> None:
     assert not read(tmp_path / "data").report.total
 
 
+def test_a_held_out_row_with_a_problem_is_no_leak(tmp_path: Path) -> None:
+    swapped = {**GOOD[TRIPLE](1), "score_chosen": 1, "score_rejected": 2}
+    write_jsonl(tmp_path / "data" / "train.jsonl", good_rows(TRIPLE, 3))
+    write_jsonl(tmp_path / "data" / "test.jsonl", [GOOD[TRIPLE](5), swapped])
+    _, found = problems_of(tmp_path / "data", "preference")
+    assert [(p["kind"], p["split"]) for p in found] == [("swapped", "test")]
+
+
 # --- rows set aside -----------------------------------------------------------------------------------------------
 
 
@@ -173,6 +181,12 @@ def test_answers_that_ask_are_suspected(
         assert (found["kind"], found["row"], found["line"]) == ("swapped", None, None)
         assert "--columns" in message and f"{answers_ask / n:.0%} of the answers" in message
         assert len(loaded_rows(read(path, on_bad_rows="keep"))) == n
+
+
+def test_rows_that_cannot_be_read_do_not_hide_that_columns_are_swapped(tmp_path: Path) -> None:
+    rows = [ask(f"q{i}", f"a{i}?") for i in range(ASKING_ROWS)]
+    _, found = problems_of(write_jsonl(tmp_path / "rows.jsonl", [*rows, *[{"prompt": "x"}] * 2 * ASKING_ROWS]))
+    assert [p["kind"] for p in found] == ["missing"] * 2 * ASKING_ROWS + ["swapped"]
 
 
 def test_plain_text_and_preferences_that_ask_are_no_suspects(tmp_path: Path) -> None:

@@ -102,17 +102,32 @@ def test_files_are_moved_into_place_over_older_ones(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "adapter").iterdir()] == ["weights"]
 
 
+@pytest.mark.parametrize("finish", [lambda folder: mark_complete(folder, 5), move_into_place])
+def test_files_are_on_the_disk_before_they_are_marked_or_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finish
+) -> None:
+    folder = make_checkpoint(tmp_path, 5, mark=False)
+    files = {path.stat().st_ino for path in folder.rglob("*") if path.is_file()}
+    calls: list[int | None] = []  # the file that is written out, None for a rename
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(durability.os, "fsync", lambda number: calls.append(os.fstat(number).st_ino) or fsync(number))
+    monkeypatch.setattr(durability.os, "replace", lambda *names: calls.append(None) or replace(*names))
+    finish(folder)
+    assert files <= set(calls[: calls.index(None)])
+
+
 # ---------------------------------------------------------------- checkpoints
 
 
 def test_a_marked_checkpoint_is_complete(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, 5, mark=False)
+    (folder / "shards" / MARKER).write_text("not the marker")
     mark_complete(folder, 5, data_fingerprint="f")
     assert incompleteness(folder) is None
     assert read_marker(folder) == {
         "step": 5,
         "data_fingerprint": "f",
-        "files": {"model.safetensors": 5, "shards/optimizer.pt": 3},
+        "files": {"model.safetensors": 5, f"shards/{MARKER}": 14, "shards/optimizer.pt": 3},
     }
     mark_complete(folder, 5)  # the marker does not count itself
     assert incompleteness(folder) is None
@@ -126,6 +141,7 @@ def test_a_marked_checkpoint_is_complete(tmp_path: Path) -> None:
         (lambda c: (c / MARKER).write_text("[]"), "no complete.json"),
         (lambda c: (c / "model.safetensors").unlink(), "model.safetensors is missing"),
         (lambda c: (c / "model.safetensors").write_bytes(b"123"), "model.safetensors has 3 of 5 bytes"),
+        (lambda c: (c / "model.safetensors").write_bytes(b"1234567"), "model.safetensors has 7 of 5 bytes"),
         (lambda c: shutil.rmtree(c / "shards"), "shards/optimizer.pt is missing"),
         (lambda c: mark_complete(c, 5, weights_only=True), "--save_only_model"),
     ],
@@ -188,10 +204,16 @@ def test_a_checkpoint_is_not_continued_in_another_runs_directory(tmp_path: Path)
     resume.check(tmp_path / "new", str(tmp_path / "a" / "checkpoint-5"), "fake", config_of())
 
 
-@pytest.mark.parametrize(("status", "refused"), [("ok", True), ("interrupted", False), ("failed", False)])
-def test_the_last_step_is_resumed_only_when_the_end_is_missing(tmp_path: Path, status: str, refused: bool) -> None:
+@pytest.mark.parametrize(
+    ("summary", "refused"),
+    [('{"status": "ok"}', True), ('{"status": "interrupted"}', False), ('{"status": "failed"}', False), (None, True)],
+)
+def test_the_last_step_is_resumed_only_when_the_end_is_missing(
+    tmp_path: Path, summary: str | None, refused: bool
+) -> None:
     make_checkpoint(tmp_path, 5)
-    (tmp_path / "summary.json").write_text(json.dumps({"status": status}))
+    if summary:
+        (tmp_path / "summary.json").write_text(summary)
     if refused:
         with pytest.raises(ConfigError, match="raise --max_steps"):
             resume.check(tmp_path, "last", "fake", config_of(max_steps=5))
@@ -202,11 +224,20 @@ def test_the_last_step_is_resumed_only_when_the_end_is_missing(tmp_path: Path, s
 
 
 def test_changed_options_are_named_and_cadence_is_not() -> None:
-    former = {"learning_rate": 0.1, "save_steps": 5, "logging_steps": 1, "max_steps": 4, "seed": 1, "eval_steps": 5}
-    values = {**former, "learning_rate": 0.2, "save_steps": 9, "logging_steps": 9, "max_steps": 8, "new": 1}
-    linear, constant = ({**values, "lr_scheduler_type": kind} for kind in ("linear", "constant"))
-    assert resume.changes(former, config_of(**linear)) == ["--learning_rate 0.1 -> 0.2", "--max_steps 4 -> 8"]
-    assert resume.changes(former, config_of(**constant)) == ["--learning_rate 0.1 -> 0.2"]
+    former = {
+        "learning_rate": 0.1,
+        "weight_decay": 0.1,
+        "eval_steps": 5,
+        "save_steps": 5,
+        "logging_steps": 1,
+        "max_steps": 4,
+    }
+    values = {name: 2 * value for name, value in former.items()} | {"new": 1, "seed": 1}
+    always = ["--learning_rate 0.1 -> 0.2", "--weight_decay 0.1 -> 0.2", "--eval_steps 5 -> 10"]
+    for schedule in ("linear", "cosine", "constant", "constant_with_warmup"):
+        by_steps = [] if "constant" in schedule else ["--max_steps 4 -> 8"]
+        found = resume.changes({**former, "seed": 1}, config_of(**values, lr_scheduler_type=schedule))
+        assert found == always + by_steps, schedule
 
 
 # ---------------------------------------------------------------- the log history of a run that was killed
@@ -411,6 +442,11 @@ def test_other_errors_are_not_the_disks(tmp_path: Path) -> None:
 
 def test_whatever_fails_in_a_directory_that_is_gone_is_told_as_that(tmp_path: Path) -> None:
     assert "is gone" in str(storage_trouble(RuntimeError("odd"), tmp_path / "run"))
+
+
+def test_on_another_machine_the_directory_need_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert storage_trouble(RuntimeError("odd"), tmp_path / "run") is None
 
 
 @pytest.mark.parametrize("then", ["log", "write", "check_exists"])

@@ -32,6 +32,14 @@ def gpt(text: str) -> Row:
     return {"from": "gpt", "value": text}
 
 
+DEVELOPER = {"role": "developer", "content": "s"}
+
+
+def calling(arguments: Any) -> Row:
+    function = {"name": "f", "arguments": arguments}
+    return {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "type": "function", "function": function}]}
+
+
 # name of the format, its task, a row in it, the same row as TRL wants it
 CASES: list[tuple[str, str, Row, Row]] = [
     ("TRL language modeling", "sft", {"text": "once"}, {"text": "once"}),
@@ -158,6 +166,32 @@ CASES: list[tuple[str, str, Row, Row]] = [
             ]
         },
     ),
+    (  # the other name of an answer of a tool
+        "ShareGPT",
+        "sft",
+        {
+            "conversations": [
+                human("q"),
+                {"from": "function_call", "value": '{"name": "f"}'},
+                {"from": "function_response", "value": "4"},
+                gpt("a"),
+            ]
+        },
+        {
+            "messages": [
+                user("q"),
+                {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f"}}]},
+                {"role": "tool", "content": "4"},
+                assistant("a"),
+            ]
+        },
+    ),
+    (  # what the API of OpenAI writes: arguments as JSON text
+        "OpenAI messages",
+        "sft",
+        {"messages": [DEVELOPER, user("q"), calling('{"x": 1}'), {"role": "tool", "content": "4"}, assistant("a")]},
+        {"messages": [DEVELOPER, user("q"), calling({"x": 1}), {"role": "tool", "content": "4"}, assistant("a")]},
+    ),
     (  # parts of text and images, which the vision modules read
         "OpenAI messages",
         "sft",
@@ -223,6 +257,13 @@ def test_a_tool_call_needs_no_text() -> None:
     messages = [user("q"), call, {"role": "tool", "content": "4"}, assistant("4")]
     converted = convert({"messages": messages})["messages"]
     assert converted[1] == {"role": "assistant", "tool_calls": [{"function": {"name": "add"}}]}
+
+
+def test_half_of_the_first_rows_decide() -> None:
+    """The others are then reported one by one."""
+    talks, texts = {"prompt": [user("q")], "completion": [assistant("a")]}, {"prompt": "q", "completion": "a"}
+    found = [formats.detect(list(texts), rows, "").name for rows in ([talks, texts], [talks, texts, texts])]
+    assert found == ["TRL prompt-completion (conversational)", "TRL prompt-completion"]
 
 
 def test_unknown_columns_are_refused_with_the_list_of_formats() -> None:

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 from data_files import FORMATS, GOOD, assistant, good_rows, user, write_jsonl
 
-from llmcore_hf import cli
+from llmcore_hf import cli, inspection
 from llmcore_hf.alignment import dpo, sft, training
 
 PAIR, CHAT, TRIPLE = "TRL prompt-completion", "OpenAI messages", "TRL preference"
@@ -45,11 +45,21 @@ def test_it_tells_format_counts_lengths_and_a_row(tmp_path: Path, inspect: Any) 
 
 
 def test_what_is_cut_off_is_told(tmp_path: Path, inspect: Any) -> None:
-    rows = [{"prompt": f"q{i}", "completion": "a" * (10 if i else 100)} for i in range(4)]
+    rows = [{"prompt": f"q{i}", "completion": "a" * n} for i, n in enumerate((100, 47, 10, 10))]  # 47: 50 tokens in all
     code, out, _ = inspect(write_jsonl(tmp_path / "rows.jsonl", rows), "--max_length", "50")
     assert code == 0
     assert "cut off   25.0% at --max_length 50" in out and "cut off after 50 of 103 tokens" in out
     assert "[[" + "a" * 48 + "]]" in out
+
+
+def test_lengths_are_measured_on_a_sample_spread_over_the_dataset(
+    tmp_path: Path, inspect: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspection, "N_MEASURED", 3)
+    rows = [{"prompt": f"q{i}", "completion": "a" * (10 + i)} for i in range(9)]
+    _, out, _ = inspect(write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert "tokens    of 3 rows" in out
+    assert re.search(r"answer +15 +19 +19\n", out), out  # rows 0, 4 and 8: 11, 15 and 19 tokens
 
 
 def test_problems_are_told_and_are_the_exit_code(tmp_path: Path, inspect: Any) -> None:

@@ -186,9 +186,11 @@ def test_both_sides_of_a_split_keep_a_row(tmp_path: Path, size: float) -> None:
 
 def test_limits_take_the_first_rows(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", ROWS[:12])
+    write_jsonl(tmp_path / "validation.jsonl", HELD_OUT)
     write_jsonl(tmp_path / "test.jsonl", ROWS[12:])
     found = read(tmp_path, max_train_samples=5, max_eval_samples=2)
     assert found.train.to_list() == ROWS[:5]
+    assert found.validation.to_list() == HELD_OUT[:2]
     assert found.test.to_list() == ROWS[12:14]
 
 

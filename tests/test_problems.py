@@ -159,6 +159,11 @@ BAD_ROWS: list[tuple[str, Row, list[tuple[str, str | None, str]]]] = [
     (CHAT, chat(user("q"), system("s"), assistant("a")), [("order", "messages[1]", "system turn first")]),
     (
         CHAT,
+        chat(user("q"), {"role": "developer", "content": "s"}, assistant("a")),
+        [("order", "messages[1]", "developer turn first")],
+    ),
+    (
+        CHAT,
         chat(user("q"), {"role": "tool", "content": "4"}, assistant("a")),
         [("order", "messages[1]", "tool call before it")],
     ),
@@ -177,6 +182,7 @@ BAD_ROWS: list[tuple[str, Row, list[tuple[str, str | None, str]]]] = [
     (SHAREGPT, talk(["human", "q"], gpt("a")), [("type", "conversations[0]", '{"from"')]),
     (SHAREGPT, talk(gpt("a"), human("q")), [("order", "conversations[1]", "")]),  # the system column comes first
     (SHAREGPT, talk(human("q"), CALL), [("json", "conversations[1].value", '{"name"')]),
+    (SHAREGPT, talk(human("q"), {**CALL, "value": None}), [("missing", "conversations[1].value", "fill")]),
     (
         SHAREGPT,
         talk(human("q"), {"from": "function_call", "value": '{"arguments": {}}'}),
@@ -189,6 +195,11 @@ BAD_ROWS: list[tuple[str, Row, list[tuple[str, str | None, str]]]] = [
         TRIPLE,
         {"score_chosen": 1, "score_rejected": 2.5},
         [("swapped", "chosen", "--columns chosen=rejected,rejected=chosen")],
+    ),
+    (
+        TRIPLE,
+        {"chosen-rating": 1, "rejected-rating": 2},
+        [("swapped", "chosen", "chosen-rating 1 < rejected-rating 2")],
     ),
     (CHAT_TRIPLE, {"rejected": [assistant("a")]}, [("equal", "rejected", "remove the row")]),
     (CHAT_TRIPLE, {"chosen": [user("q2"), assistant("a")]}, [("order", "chosen", "`prompt` has already")]),
@@ -333,14 +344,14 @@ def test_the_tables_are_as_long_as_promised() -> None:
 
 
 def test_every_problem_of_every_row_is_reported_at_once(tmp_path: Path) -> None:
-    """Of 30 bad rows with two problems each, 20 problems are shown and all are written down."""
-    bad = [{"prompt": "", "completion": i} for i in range(30)]
+    """Of 1001 bad rows with two problems each, 20 problems are shown and all are written down."""
+    bad = [{"prompt": "", "completion": i} for i in range(1001)]
     path = write_jsonl(tmp_path / "rows.jsonl", [*good_rows(PAIR, 3), *bad, *good_rows(PAIR, 1)])
     message, found = problems_of(path)
-    assert message.startswith(f"61 problems in {path} (empty 30, type 30, duplicate 1;")
+    assert message.startswith(f"2003 problems in {path} (empty 1001, type 1001, duplicate 1;")
     assert message.count("\n  - ") == SHOWN == 20
-    assert "... and 41 more" in message and "bad_rows" in message
-    assert [p["line"] for p in found] == [n for n in range(4, 34) for _ in "12"] + [34]
+    assert "... and 1983 more" in message and "bad_rows" in message
+    assert [p["line"] for p in found] == [n for n in range(4, 1005) for _ in "12"] + [1005]
 
 
 def test_problems_of_all_splits_and_kinds_come_together(tmp_path: Path) -> None:
@@ -374,6 +385,15 @@ def test_what_stops_a_run(kinds: tuple[str, ...], stops: tuple[str, ...]) -> Non
     report = Report()
     report.add(map(problem, kinds))
     assert {policy for policy in (STOP, DROP, KEEP) if report.stops(policy)} == set(stops)
+
+
+def test_a_report_that_was_saved_keeps_all_that_comes_later(tmp_path: Path) -> None:
+    report = Report()
+    for kind in ("first", "second", "third"):
+        report.add([problem(kind)])
+        report.save(tmp_path / "bad_rows.jsonl")
+    lines = (tmp_path / "bad_rows.jsonl").read_text().splitlines()
+    assert [json.loads(line)["kind"] for line in lines] == ["first", "second", "third"]
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,13 @@ def test_a_table_is_cut_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert found[1]["text"] == "is the same as row 0"
 
 
+def test_a_table_without_rows_is_refused(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    Dataset.from_dict({"prompt": [], "completion": []}).to_parquet(tmp_path / "rows.parquet")
+    assert "rows.parquet has no rows: give a file with at least two" in refusal(tmp_path / "rows.parquet")
+
+
 # --- what a file is -----------------------------------------------------------------------------------------------
 
 
@@ -141,6 +148,11 @@ def test_a_csv_file_may_hold_line_ends_quotes_and_blank_lines(tmp_path: Path) ->
         ({"prompt": 'a\r\n"b", c', "completion": "d"}, 0, 3),
         ({"prompt": "e", "completion": "f\nf"}, 1, 6),
     ]
+
+
+def test_a_csv_cell_may_be_as_long_as_a_document(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text(f"text\n{'x' * 2**18}\n")
+    assert [len(raw.row["text"]) for raw in raw_rows(tmp_path / "rows.csv") if raw.row] == [2**18]
 
 
 def test_a_link_is_followed_and_a_dangling_one_is_refused(tmp_path: Path) -> None:

@@ -13,14 +13,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from conftest import ROOT
 
-from llmcore_hf import cli
+from llmcore_hf import cli, registry
 from llmcore_hf.alignment import training
-from llmcore_hf.alignment.checkpointing import check_save_steps, save_period
+from llmcore_hf.alignment.checkpointing import NothingLeft, check_save_steps, save_period
+from llmcore_hf.config import Config
 from llmcore_hf.durability import MARKER, incompleteness, last_complete
 from llmcore_hf.run_dir import RunDirectory
 
@@ -358,6 +360,77 @@ def test_a_directory_that_is_deleted_is_not_brought_back_by_a_checkpoint(monkeyp
     assert err.count("run is gone") == 1 and "Traceback" not in err
 
 
+# ---------------------------------------------------------------- a trainer by hand: the end of a run
+
+
+@pytest.fixture
+def run() -> RunDirectory:
+    Path("run").mkdir()
+    return RunDirectory(Path("run"), registry.get("sft"), Config("sft", False, {}, {}, parts=()), [])
+
+
+def trainer_by_hand(train: Callable[[], None] = lambda: None, **options: Any) -> Any:
+    """As much of a Trainer as is used around its training, which is `train`."""
+
+    def save_model(folder: str) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / "model.safetensors").write_text("new")
+
+    return SimpleNamespace(
+        args=SimpleNamespace(**{"output_dir": "run", "save_total_limit": None, **options}),
+        state=SimpleNamespace(global_step=4),
+        accelerator=SimpleNamespace(wait_for_everyone=lambda: None),
+        model=SimpleNamespace(parameters=list),
+        is_in_train=True,
+        add_callback=lambda callback: None,
+        train=lambda resume_from_checkpoint: train(),
+        evaluate=lambda: None,
+        save_model=save_model,
+    )
+
+
+def test_a_stop_behind_the_last_look_at_it_saves_no_model(run: RunDirectory) -> None:
+    with run.stop, pytest.raises(KeyboardInterrupt):
+        training.train(trainer_by_hand(lambda: os.kill(os.getpid(), signal.SIGINT)), run)
+    assert not list(Path("run").iterdir())
+
+
+def test_the_evaluation_of_a_run_with_nothing_left_to_train_is_not_part_of_training(run: RunDirectory) -> None:
+    """Or a stop during it would wait for a checkpoint that nobody writes."""
+
+    def train() -> None:
+        raise NothingLeft
+
+    trainer, seen = trainer_by_hand(train), []
+    trainer.evaluate = lambda: seen.append(trainer.is_in_train)
+    training.train(trainer, run)
+    assert seen == [False] and Path("run/model.safetensors").exists()
+
+
+def test_what_a_killed_run_had_of_its_model_is_not_saved_with_the_new_one(run: RunDirectory) -> None:
+    Path("run/.model").mkdir()
+    Path("run/.model/adapter_model.safetensors").write_text("old")
+    training.save(trainer_by_hand(), run)
+    assert [path.name for path in Path("run").iterdir()] == ["model.safetensors"]
+
+
+def test_a_directory_that_is_deleted_is_not_brought_back_by_the_model(run: RunDirectory) -> None:
+    Path("run").rmdir()
+    with pytest.raises(FileNotFoundError):
+        training.save(trainer_by_hand(), run)
+    assert not Path("run").exists()
+
+
+def test_the_best_checkpoint_outlives_the_limit(run: RunDirectory) -> None:
+    trainer = trainer_by_hand(save_total_limit=2, save_only_model=False, should_save=True)
+    callback = training.CheckpointCallback(run, trainer)
+    for step in (1, 2, 3):
+        callback.folder(step).mkdir()
+        state = SimpleNamespace(global_step=step, best_model_checkpoint="run/checkpoint-1")
+        callback.on_save(trainer.args, state, SimpleNamespace())
+    assert sorted(path.name for path in Path("run").iterdir()) == ["checkpoint-1", "checkpoint-3"]
+
+
 # ---------------------------------------------------------------- real signals to real processes
 
 
@@ -483,8 +556,6 @@ def test_the_rule_is_checked_with_all_other_options() -> None:
 
 
 def test_a_stop_waits_for_the_end_of_the_buffer() -> None:
-    from types import SimpleNamespace
-
     run: Any = SimpleNamespace(stop=SimpleNamespace(requested=True))
     args = SimpleNamespace(**GRPO | {"steps_per_generation": 4, "save_total_limit": None, "save_only_model": False})
     callback = training.CheckpointCallback(run, SimpleNamespace(args=args))  # type: ignore[arg-type]
@@ -494,6 +565,9 @@ def test_a_stop_waits_for_the_end_of_the_buffer() -> None:
         callback.on_step_end(args, SimpleNamespace(global_step=step), control)
         stopped.append(control.should_training_stop and control.should_save)
     assert stopped == [False, False, False, True]
+    at_the_end = SimpleNamespace(should_save=True, should_evaluate=True)
+    callback.on_epoch_end(args, SimpleNamespace(global_step=4), at_the_end)
+    assert not (at_the_end.should_save or at_the_end.should_evaluate), "it has just been saved"
 
 
 def test_the_trainers_own_handling_of_sigterm_is_refused(capsys) -> None:

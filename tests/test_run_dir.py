@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -218,6 +219,31 @@ def test_a_run_that_is_killed_stays_interrupted(lesson: Lesson) -> None:
     with pytest.raises(SystemExit):
         lesson.execute(raises(SystemExit(0)))
     assert lesson.summary["status"] == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("work", "code"),
+    [(None, 1), (Precise("mend that"), 3), (KeyboardInterrupt(), 130)],
+    ids=["ok", "failed", "stopped"],
+)
+def test_a_summary_that_cannot_be_written_fails_the_run_without_hiding_how_it_ended(
+    lesson: Lesson, monkeypatch: pytest.MonkeyPatch, work: BaseException | None, code: int
+) -> None:
+    def fills_the_disk(config: Config, run: RunDirectory) -> None:
+        monkeypatch.setattr(run, "write_summary", lambda *args: raises(OSError(28, "No space left"))(config, run))
+        if work:
+            raise work
+
+    assert lesson.execute(fills_the_disk) == code
+
+
+def test_a_stop_while_the_summary_is_written_waits(lesson: Lesson, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stops_late(config: Config, run: RunDirectory) -> None:
+        write = run.write_summary
+        monkeypatch.setattr(run, "write_summary", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or write(*args))
+
+    assert lesson.execute(stops_late) == 0
+    assert lesson.summary["status"] == "ok"
 
 
 def test_the_resolved_config_is_written_before_the_work_begins(lesson: Lesson) -> None:
@@ -625,10 +651,17 @@ def checkpoint(run: Path) -> None:
 
 
 def test_resuming_continues_in_the_directory_that_is_named(lesson: Lesson) -> None:
-    lesson.execute(lambda config, run: run.write("kept.txt", "kept"), "--output_dir", "out")
+    def fails(config: Config, run: RunDirectory) -> None:
+        run.write("kept.txt", "kept")
+        raise ZeroDivisionError
+
+    seen: list[dict[str, Any]] = []
+    assert lesson.execute(fails, "--output_dir", "out") == 1
     checkpoint(Path("out"))
-    assert lesson.execute(lambda config, run: None, "--output_dir", "out", "--resume_from_checkpoint", "last") == 0
-    assert Path("out/kept.txt").exists()
+    goes_on = ("--output_dir", "out", "--resume_from_checkpoint", "last")
+    assert lesson.execute(lambda config, run: seen.append(read_summary(run.path)), *goes_on) == 0
+    assert Path("out/kept.txt").exists() and not Path("out/traceback.txt").exists()
+    assert seen[0]["error"].endswith("--output_dir out --resume_from_checkpoint last"), "killed again, it goes on again"
 
 
 def test_resuming_without_a_directory_continues_the_latest_run(lesson: Lesson) -> None:

@@ -60,7 +60,9 @@ def test_a_file_in_a_folder_with_splits_streams_too(tmp_path: Path) -> None:
     ]
 
 
-def test_bad_rows_are_dropped_and_counted_once_over_two_epochs(tmp_path: Path) -> None:
+def test_bad_rows_are_dropped_and_counted_once_over_two_epochs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [*good_rows(PAIR, 4), BAD, {"prompt": "", "completion": ""}, *good_rows(PAIR, 6)[4:]]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     with path.open("a") as file:
@@ -69,6 +71,7 @@ def test_bad_rows_are_dropped_and_counted_once_over_two_epochs(tmp_path: Path) -
     assert prompts(found.train) == prompts(found.train) == ["q1", "q2", "q3", "q4", "q5"]
     assert (found.report.counts, found.report.rows_dropped) == ({"type": 1, "empty": 2, "json": 1}, 3)
     assert [problem.line for problem in found.report.first] == [5, 6, 6, 9]
+    assert capsys.readouterr().err == "", "all of them are told at the end"
 
 
 @pytest.mark.parametrize("at", [0, 5])
