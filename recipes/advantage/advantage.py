@@ -368,7 +368,7 @@ def _subplots(rows: int, columns: int, width: float, height: float, **options: A
 
 def draw_variances(samples: dict[str, Tensor], gradient: Tensor) -> Figure:
     """Left: trace of the covariance of each estimator. Right: distance from the gradient against trajectories averaged."""
-    figure, axes = _subplots(1, 2, 14, 5.2)
+    figure, axes = _subplots(1, 2, 15, 5)
     left, right = axes[0]
     most = trace_interval(samples["return"])[0]
     for place, name in enumerate(ESTIMATORS):
@@ -396,7 +396,7 @@ def draw_variances(samples: dict[str, Tensor], gradient: Tensor) -> Figure:
     right.set_xlabel("trajectories averaged")
     right.set_ylabel("RMS distance from the exact gradient")
     right.set_title("Who gets there? (slope -1/2: unbiased)")
-    right.legend(fontsize=8, loc="lower left")
+    right.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     right.grid(alpha=0.25, which="both")
     left.grid(alpha=0.25, axis="x")
     return figure
