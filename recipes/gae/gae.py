@@ -3,7 +3,7 @@
 A policy gradient multiplies grad log pi(a_t | s_t) by an estimate of the advantage A(s_t, a_t) = Q(s_t, a_t) - V(s_t).
 With a critic V that is not exact there is a choice. The one-step residual
 
-    delta_t = r_{t+1} + gamma V(s_{t+1}) - V(s_t)                                          Schulman et al. 2016, eq. 9
+    delta_t = r_{t+1} + gamma V(s_{t+1}) - V(s_t)                                          Schulman et al. 2016, eq. 11
 
 has a small spread and all of the critic's bias. The return minus V(s_t) has no bias and all of the spread of a whole
 episode. GAE(gamma, lambda) averages over everything in between: the exponentially weighted mean of the n-step
