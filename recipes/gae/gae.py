@@ -151,10 +151,10 @@ def _environment_problems(env_id: str) -> list[str]:
 
 # T = 2048, float32, one core; milliseconds, lower quartile of 25 calls:
 #     environments                1      8     64    128    256   1024   4096
-#     torch, row by row        48.3   47.9   57.2   56.1   49.9   55.5   72.8
-#     numpy, row by row        1.75   1.72   2.01   2.15   3.01   7.84   32.2
-#     backward_rows            3.17   1.38   1.60   1.64   2.11   5.27   15.9
-#     backward_scan            0.13   0.18   0.72   1.37   2.59   9.12   28.9
+#     torch, row by row        39.7   40.0   40.6   41.0   41.5   45.6   60.5
+#     numpy, row by row        1.50   1.52   1.66   1.79   2.07   8.64   28.8
+#     backward_rows            2.78   1.24   1.34   1.48   1.77   4.17   13.9
+#     backward_scan            0.12   0.16   0.63   1.17   2.13   7.57   25.6
 FEW_ENVS = 128  # up to here the scan is faster
 CHUNK = 2**16  # elements at a time, so that they stay in the cache between two passes
 
