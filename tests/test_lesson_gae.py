@@ -653,8 +653,10 @@ def command(output: Path, **options: Any) -> list[str]:
 
 @pytest.mark.slow
 def test_a_small_run_leaves_its_evidence_and_repeats_itself(tmp_path: Path) -> None:
-    for name in ("a", "b"):
+    for name, threads in (("a", 1), ("b", 2)):  # the number of threads must not matter
+        torch.set_num_threads(threads)
         assert cli.main(command(tmp_path / name)) == 0
+        assert torch.get_num_threads() == threads
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())
     by_id = {check["id"]: check["status"] for check in summary["checks"]}
     assert len(by_id) == 9 and all(status == "pass" for id, status in by_id.items() if id != "gae.return_rose")
