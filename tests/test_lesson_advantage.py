@@ -285,6 +285,62 @@ def test_claims_hold_on_five_seeds(seed: int) -> None:
         assert low < 1 / adv.trace_ratio(samples[name], samples["return"])[0] < high
 
 
+# --- each check notices what it is there for ---------------------------------------------------------------------------
+
+
+def failed(checks: list[Any]) -> set[str]:
+    return {check.id.removeprefix("advantage.") for check in checks if not check.passed}
+
+
+SHORT = {"enumerated_horizon": 4, "num_trajectories": 10_000}
+
+
+def test_exact_checks_notice_a_wrong_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = adv.gradient_by_autograd
+    monkeypatch.setattr(adv, "gradient_by_autograd", lambda *args: right(*args) * 1.001)
+    assert failed(adv.exact_checks(adv.Args(**SHORT))) == {"gradient_three_ways"}
+
+
+def test_exact_checks_notice_an_advantage_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adv.Exact, "advantages", property(lambda self: self.q_values - self.values[1:, :, None]))
+    assert failed(adv.exact_checks(adv.Args(**SHORT))) == {
+        "advantage_averages_to_zero"
+    }  # a shift costs variance, no bias
+
+
+def test_exact_checks_notice_a_weight_without_discount(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = adv.psi
+
+    def undiscounted(paths: Any, exact: Any, *more: Any) -> dict[str, torch.Tensor]:
+        weights = right(paths, exact, *more)
+        return {**weights, "TD residual": weights["TD residual"] / exact.discounts}
+
+    monkeypatch.setattr(adv, "psi", undiscounted)
+    assert failed(adv.exact_checks(adv.Args(**SHORT))) == {"means_over_all_trajectories"}
+
+
+def test_exact_checks_notice_a_baseline_that_is_not_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = adv.best_constant
+    monkeypatch.setattr(adv, "best_constant", lambda *args: right(*args) + 0.1)
+    assert failed(adv.exact_checks(adv.Args(**SHORT))) == {"best_constant_baseline"}
+
+
+def test_sampled_checks_notice_bias_and_its_absence_and_swapped_variances() -> None:
+    args = adv.Args(**SHORT)
+    exact, samples = adv.all_estimates(args, 20, 0)
+    assert not failed(adv.sampled_checks(args, exact, samples))
+    shifted = samples["Q - V"] + 0.05 * exact.gradient()
+    assert failed(adv.sampled_checks(args, exact, {**samples, "Q - V": shifted})) == {"unbiased_in_samples"}
+    assert failed(adv.sampled_checks(args, exact, {**samples, adv.BIASED: samples["Q - V"]})) == {"bias_is_detected"}
+    swapped = {**samples, "Q - V": samples["TD residual"], "TD residual": samples["Q - V"]}
+    assert failed(adv.sampled_checks(args, exact, swapped)) == {"variance_falls"}
+
+
+def test_the_check_of_the_horizon_notices_equal_growth() -> None:
+    same = {name: [1.0, 2.0, 4.0] for name in adv.ESTIMATORS}
+    assert failed([adv.horizon_check([5, 10, 20], same)]) == {"variance_grows_with_the_horizon"}
+
+
 # --- options, pictures, runs ------------------------------------------------------------------------------------------
 
 
@@ -341,8 +397,10 @@ def command(output: Path, *more: str) -> list[str]:
 
 @pytest.mark.slow
 def test_a_small_run_leaves_its_evidence_and_repeats_itself(tmp_path: Path) -> None:
-    for name in ("a", "b"):
+    for name, threads in (("a", 1), ("b", 2)):  # the number of threads must not matter
+        torch.set_num_threads(threads)
         assert cli.main(command(tmp_path / name)) == 0
+        assert torch.get_num_threads() == threads
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())
     assert len(summary["checks"]) == 8 and {check["status"] for check in summary["checks"]} == {"pass"}
     assert summary["eval"] is None and summary["model"] is None

@@ -494,6 +494,73 @@ def test_interval_of_students_t() -> None:
         assert (half / samples.std() * math.sqrt(n)).item() == pytest.approx(quantile, abs=0.011)
 
 
+# --- each check notices what it is there for ---------------------------------------------------------------------------
+
+
+def failed(checks: list[Any]) -> set[str]:
+    return {check.id.removeprefix("gae.") for check in checks if not check.passed}
+
+
+WALK = lesson_file.Walk.make(0.99, 0.5)
+
+
+def test_all_checks_pass_when_nothing_is_broken() -> None:
+    measured = lesson_file.sample_moments(WALK, [0.0, 0.9, 1.0], 500, 0)
+    advantages = lesson_file.timeline_advantages(0.99, 0.9)
+    assert not failed(lesson_file.estimator_checks(WALK, 0))
+    assert not failed(lesson_file.boundary_checks(WALK, advantages, 0.9, 0))
+    assert not failed(lesson_file.walk_checks(WALK, [0.0, 0.9, 1.0], measured))
+
+
+def test_checks_of_the_estimator_notice_a_wrong_lambda(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = lesson_file.gae
+    monkeypatch.setattr(lesson_file, "gae", lambda *steps_and_numbers: right(*steps_and_numbers[:-1], 0.5))
+    assert failed(lesson_file.estimator_checks(WALK, 0)) == {
+        "lambda_0_is_the_td_residual",
+        "lambda_1_is_monte_carlo_minus_v",
+    }
+
+
+def test_checks_of_the_estimator_notice_a_loop_that_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = lesson_file.backward_rows
+    monkeypatch.setattr(
+        lesson_file,
+        "backward_rows",
+        lambda steps, gamma, lam, following, out: right(
+            steps._replace(truncated=steps.terminated), gamma, lam, following, out
+        ),
+    )
+    assert failed(lesson_file.estimator_checks(WALK, 0)) == {"scan_equals_row_loop"}
+
+
+def test_checks_of_the_boundaries_notice_every_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    advantages = lesson_file.timeline_advantages(0.99, 0.9)
+    for mistake in advantages.keys() - {"right"}:
+        broken = {**advantages, "right": advantages[mistake]}
+        assert failed(lesson_file.boundary_checks(WALK, broken, 0.9, 0)) == {"terminated_and_truncated"}
+    monkeypatch.setattr(lesson_file, "reached_observations", lambda observations, infos: observations)
+    assert failed(lesson_file.boundary_checks(WALK, advantages, 0.9, 0)) == {"both_autoreset_modes_agree"}
+
+
+def test_checks_of_the_walk_notice_wrong_samples_and_wrong_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
+    lambdas = [0.0, 0.9, 1.0]
+    measured = lesson_file.sample_moments(WALK, lambdas, 500, 0)
+    other = lesson_file.Walk.make(0.95, 0.5)
+    wrong = lesson_file.sample_moments(other, lambdas, 500, 0)
+    assert failed(lesson_file.walk_checks(WALK, lambdas, wrong)) == {"sampled_moments_are_exact"}
+    backwards = lesson_file.Measured(measured.powers.flip(1), measured.episodes)
+    assert failed(lesson_file.walk_checks(WALK, lambdas[::-1], backwards)) == {"bias_falls_and_spread_rises"}
+    formula = lesson_file.bias_formula
+    monkeypatch.setattr(lesson_file, "bias_formula", lambda walk, lam: formula(walk, lam) * 1.01)
+    assert failed(lesson_file.walk_checks(WALK, lambdas, measured)) == {"bias_is_the_critics_error"}
+
+
+def test_the_check_of_training_notices_that_nothing_was_learned() -> None:
+    level = torch.full((2, 5), 20.0) + torch.arange(5)
+    for last, passed in ((level, False), (level - 10, False), (level + 200 * torch.rand(2, 5) + 50, True)):
+        assert lesson_file.training_check(lesson_file.Summary(level, level, last), [0.0, 0.95]).passed == passed
+
+
 # --- options, pictures, runs ------------------------------------------------------------------------------------------
 
 
@@ -586,8 +653,10 @@ def command(output: Path, **options: Any) -> list[str]:
 
 @pytest.mark.slow
 def test_a_small_run_leaves_its_evidence_and_repeats_itself(tmp_path: Path) -> None:
-    for name in ("a", "b"):
+    for name, threads in (("a", 1), ("b", 2)):  # the number of threads must not matter
+        torch.set_num_threads(threads)
         assert cli.main(command(tmp_path / name)) == 0
+        assert torch.get_num_threads() == threads
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())
     by_id = {check["id"]: check["status"] for check in summary["checks"]}
     assert len(by_id) == 9 and all(status == "pass" for id, status in by_id.items() if id != "gae.return_rose")

@@ -3,7 +3,7 @@
 A policy gradient multiplies grad log pi(a_t | s_t) by an estimate of the advantage A(s_t, a_t) = Q(s_t, a_t) - V(s_t).
 With a critic V that is not exact there is a choice. The one-step residual
 
-    delta_t = r_{t+1} + gamma V(s_{t+1}) - V(s_t)                                          Schulman et al. 2016, eq. 9
+    delta_t = r_{t+1} + gamma V(s_{t+1}) - V(s_t)                                          Schulman et al. 2016, eq. 11
 
 has a small spread and all of the critic's bias. The return minus V(s_t) has no bias and all of the spread of a whole
 episode. GAE(gamma, lambda) averages over everything in between: the exponentially weighted mean of the n-step
@@ -39,9 +39,11 @@ the results are the same to the last bit (row loop).
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -151,10 +153,10 @@ def _environment_problems(env_id: str) -> list[str]:
 
 # T = 2048, float32, one core; milliseconds, lower quartile of 25 calls:
 #     environments                1      8     64    128    256   1024   4096
-#     torch, row by row        48.3   47.9   57.2   56.1   49.9   55.5   72.8
-#     numpy, row by row        1.75   1.72   2.01   2.15   3.01   7.84   32.2
-#     backward_rows            3.17   1.38   1.60   1.64   2.11   5.27   15.9
-#     backward_scan            0.13   0.18   0.72   1.37   2.59   9.12   28.9
+#     torch, row by row        39.7   40.0   40.6   41.0   41.5   45.6   60.5
+#     numpy, row by row        1.50   1.52   1.66   1.79   2.07   8.64   28.8
+#     backward_rows            2.78   1.24   1.34   1.48   1.77   4.17   13.9
+#     backward_scan            0.12   0.16   0.63   1.17   2.13   7.57   25.6
 FEW_ENVS = 128  # up to here the scan is faster
 CHUNK = 2**16  # elements at a time, so that they stay in the cache between two passes
 
@@ -1070,6 +1072,19 @@ def _interval(runs: Tensor) -> dict[str, Any]:
     return {"mean": mean.item(), "ci95": [(mean - half).item(), (mean + half).item()], "lowest": runs.min().item()}
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Tensors this small gain nothing from more threads and lose twenty-fold when the cores are busy; and with one, the same
+    seed gives the same numbers however many cores there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 def run(args: Args, run_dir: RunDirectory) -> None:
     """Exact and sampled moments on the walk, the timeline of mistakes, training for each lambda, then the evidence."""
     walk = Walk.make(args.gamma, args.critic_scale)
