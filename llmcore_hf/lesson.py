@@ -64,7 +64,18 @@ class Lesson:
         return []
 
     def run(self, config: Config, run_dir: RunDirectory) -> None:
-        self.file.run(config.part(self.file.Args), run_dir)
+        """Run the lesson in one thread: small tensors gain nothing from more and lose much when the cores are busy.
+
+        Also, the same seed then gives the same numbers however many cores there are.
+        """
+        import torch
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            self.file.run(config.part(self.file.Args), run_dir)
+        finally:
+            torch.set_num_threads(before)
 
 
 def load(name: str) -> Lesson:

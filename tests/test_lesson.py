@@ -117,3 +117,17 @@ def test_a_figure_becomes_a_png_and_is_closed() -> None:
 def test_nothing_heavy_is_imported_for_a_lesson() -> None:
     code = "import sys, llmcore_hf.lesson; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_a_lesson_runs_in_one_thread(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    seen: list[int] = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        monkeypatch.setattr(lesson.load("fake").file, "run", lambda args, run_dir: seen.append(torch.get_num_threads()))
+        cli.main(["--module", "fake", "--toy"])
+        assert seen == [1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -34,11 +34,9 @@ are estimated and none of this is exact; `critic_scale` is the model of such an 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -656,19 +654,6 @@ def table(samples: dict[str, Tensor], gradient: Tensor) -> list[dict[str, Any]]:
     return rows
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from more threads and lose twenty-fold when the cores are busy; and with one, the same
-    seed gives the same numbers however many cores there are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@one_thread()
 def run(args: Args, run_dir: RunDirectory) -> None:
     """Exact checks, then the estimators on the same trajectories, then the same at other horizons."""
     run_dir.checks += exact_checks(args)

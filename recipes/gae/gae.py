@@ -39,11 +39,9 @@ the results are the same to the last bit (row loop).
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -1072,19 +1070,6 @@ def _interval(runs: Tensor) -> dict[str, Any]:
     return {"mean": mean.item(), "ci95": [(mean - half).item(), (mean + half).item()], "lowest": runs.min().item()}
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from more threads and lose twenty-fold when the cores are busy; and with one, the same
-    seed gives the same numbers however many cores there are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@one_thread()
 def run(args: Args, run_dir: RunDirectory) -> None:
     """Exact and sampled moments on the walk, the timeline of mistakes, training for each lambda, then the evidence."""
     walk = Walk.make(args.gamma, args.critic_scale)
