@@ -101,8 +101,9 @@ def env_problems(env_id: str) -> list[str]:
     """Why `env_id` cannot be solved by dynamic programming: at most one sentence."""
     try:
         env = gym.make(env_id)
-    except (gym.error.Error, ImportError, ValueError) as error:
-        return [f"--env_id {env_id!r}: Gymnasium cannot make it ({' '.join(str(error).split())})"]
+    except Exception as error:  # the constructor of an environment may raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return [f"--env_id {env_id!r}: Gymnasium cannot make it ({reason})"]
     spaces, tabular = (env.action_space, env.observation_space), gym.spaces.Discrete
     table, start = (getattr(env.unwrapped, name, None) for name in ("P", "initial_state_distrib"))
     env.close()
@@ -651,15 +652,17 @@ def certify(
     """
     trace = []
     for values, backup, work, _ in method:
-        if rounding(mdp, backup, gamma) > tolerance / 2:
-            least = 2 * rounding(mdp, backup, gamma)
-            raise UserError(f"--tolerance {tolerance:g} is beyond float64 at gamma {gamma}: use {least:.1e} or more")
         plain = norm_bound(mdp, values, backup, gamma)
         correction, bound = span_bound(mdp, values, backup, gamma) if span else (0.0, plain)
         residual = float((backup - values).abs().max())
         trace.append({"work": work, "bellman_residual": residual, "norm_bound": plain, "error_bound": bound})
         if bound <= tolerance or work >= max_work:
             break
+        noise = rounding(mdp, backup, gamma)
+        if bound <= 4 * noise and noise > tolerance / 2:  # little more than rounding is left
+            raise UserError(
+                f"--tolerance {tolerance:g} is beyond float64 at gamma {gamma}: use {2.1 * noise:.1e} or more"
+            )
     policy = greedy(action_values(mdp, values, gamma))[1]
     return Solution(backup + correction, policy, bound, work, trace)
 
@@ -773,9 +776,8 @@ FIGURE_4_1 = ((0, -14, -20, -22), (-14, -18, -20, -20), (-20, -20, -18, -14), (-
 def run(args: Args, run_dir: RunDirectory) -> None:
     """The book's examples, then the toy-text environments, the solvers side by side, and last the chosen environment."""
     run_dir.checks += [*book_gridworlds(run_dir), *book_gambler(run_dir), *book_car_rental(run_dir)]
-    table = [examine(env_id, gamma, args) for env_id, gamma in TOY_TEXT]
-    values = {env_id: solve(from_gymnasium(gym.make(env_id)), 0.99, args.tolerance).values for env_id, _ in TOY_TEXT}
-    run_dir.write("toy_text.png", lesson.png(draw_toy_text(values)))
+    table = [examine(env_id, gamma, TOY_TEXT_TOLERANCE, args) for env_id, gamma in TOY_TEXT]
+    run_dir.write("toy_text.png", lesson.png(draw_toy_text()))
     solvers = compare_solvers(args)
     run_dir.write("solvers.png", lesson.png(draw_solvers(solvers, math.isqrt(args.n_states) ** 2)))
     run_dir.checks += [simulation_check(table), cliff_check(table), *solver_checks(solvers)]
@@ -873,19 +875,20 @@ TOY_TEXT = (
     *(("FrozenLake-v1", 0.99), ("FrozenLake8x8-v1", 0.99), ("FrozenLake8x8-v1", 0.999)),
     *(("Taxi-v4", 0.99), ("CliffWalking-v1", 0.99), ("CliffWalkingSlippery-v1", 0.99)),
 )
+TOY_TEXT_TOLERANCE = 1e-8  # of the table below, whatever --tolerance is
 LARGEST_DENSE = 3000  # states up to which policy iteration with a dense solve takes part
 LONGEST = 20_000  # sweeps after which a slow method is no longer followed
 
 
-def time_limit(env_id: str, horizon: int) -> int:
-    spec = gym.spec(env_id)
-    return spec.max_episode_steps or horizon
+def time_limit(env: gym.Env, horizon: int) -> int:
+    return (env.spec and env.spec.max_episode_steps) or horizon
 
 
-def examine(env_id: str, gamma: float, args: Args) -> dict[str, Any]:
+def examine(env_id: str, gamma: float, tolerance: float, args: Args) -> dict[str, Any]:
     """What the greedy policy of v* earns within the time limit: exactly, two ways, and simulated; and what others earn."""
-    mdp, horizon = from_gymnasium(gym.make(env_id)), time_limit(env_id, args.horizon)
-    solution = solve(mdp, gamma, args.tolerance)
+    env = gym.make(env_id)
+    mdp, horizon = from_gymnasium(env), time_limit(env, args.horizon)
+    solution = solve(mdp, gamma, tolerance)
     mean, deviation = return_moments(mdp, solution.policy, horizon)
     simulated = simulate(env_id, solution.policy, horizon, args.episodes, args.seed)
     return {
@@ -939,9 +942,9 @@ def cliff_check(table: list[dict[str, Any]]) -> Check:
 def solve_environment(args: Args, run_dir: RunDirectory) -> dict[str, Any]:
     """All methods on `--env_id`: bounds, errors, and how early the policy is good although the values are not yet."""
     env = gym.make(args.env_id)
-    mdp, horizon = from_gymnasium(env), time_limit(args.env_id, args.horizon)
+    mdp, horizon = from_gymnasium(env), time_limit(env, args.horizon)
     solutions = solve_by_all(mdp, args.gamma, args.tolerance)
-    row = examine(args.env_id, args.gamma, args)
+    row = examine(args.env_id, args.gamma, args.tolerance, args)
     exact = solutions["mixed policy iteration"]
     curve = watch(mdp, args, exact.values, horizon)
     for point in curve:
@@ -1086,9 +1089,9 @@ def compare_solvers(args: Args) -> dict[str, dict[str, Solution]]:
 
 
 def solver_checks(solvers: dict[str, dict[str, Solution]]) -> list[Check]:
-    """Work of value iteration over work of `solve`. Ratios: seeds 0 to 4, see tests/test_lesson_mdp.py."""
+    """Work of value iteration over work of `solve`: 175-185 and 3.2-9.6 on seeds 0 to 4 (900 and 2,500 states)."""
     checks = []
-    for name, least in (("fast mixing", 50), ("slow mixing", 3)):
+    for name, least in (("fast mixing", 50), ("slow mixing", 2)):
         works = {method: solution.work for method, solution in solvers[name].items()}
         ratio = works["value iteration"] / works["mixed policy iteration"]
         checks.append(
@@ -1271,7 +1274,7 @@ def draw_car_rental(policies: list[Tensor], values: Tensor) -> Figure:
     return figure
 
 
-def draw_toy_text(solutions: dict[str, Tensor]) -> Figure:
+def draw_toy_text() -> Figure:
     """Optimal values and actions where slipping decides how near to danger one should walk; and a slice of Taxi."""
     figure = pyplot().figure(figsize=(14, 8.8), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1.5, 1))
@@ -1279,17 +1282,19 @@ def draw_toy_text(solutions: dict[str, Tensor]) -> Figure:
     names = ("FrozenLake-v1", "FrozenLake8x8-v1", "CliffWalking-v1", "CliffWalkingSlippery-v1")
     for axis, env_id in zip([*axes[:2], *axes[3:]], names, strict=True):
         env = gym.make(env_id)
-        draw_values(axis, env, from_gymnasium(env), solutions[env_id], 0.99, env_id)
-    draw_taxi(axes[2], solutions["Taxi-v4"])
+        mdp = from_gymnasium(env)
+        draw_values(axis, env, mdp, solve(mdp, 0.99, TOY_TEXT_TOLERANCE).values, 0.99, env_id)
+    draw_taxi(axes[2])
     title = "What is each state worth, and where to go? gamma = 0.99; hatched: nothing to decide (hole, cliff, goal)"
     figure.suptitle(title, fontweight="bold")
     return figure
 
 
-def draw_taxi(axis: Axes, values: Tensor) -> None:
+def draw_taxi(axis: Axes) -> None:
     """The 25 taxi positions with the passenger waiting at Y and the destination B, and the walls between them."""
     env: Any = gym.make("Taxi-v4").unwrapped
     mdp = from_gymnasium(env)
+    values = solve(mdp, 0.99, TOY_TEXT_TOLERANCE).values
     states = torch.tensor([env.encode(row, column, 2, 3) for row in range(5) for column in range(5)])
     best = best_actions(mdp, values, 0.99)[:, states]
     ways = [(0.0, 1.0), (0.0, -1.0), (1.0, 0.0), (-1.0, 0.0), (0.0, 0.0), (0.0, 0.0)]  # south, north, east, west, ...
