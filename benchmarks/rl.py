@@ -27,7 +27,7 @@ PACKAGES = (
     *("d3rlpy==2.8.1", "gym==0.26.2", "gym_notices", "structlog", "dataclasses_json", "marshmallow", "typing_inspect"),
     *("mypy_extensions", "h5py", "colorama", "click", "scikit-learn", "joblib", "threadpoolctl", "narwhals"),
 )
-GAMMA, TOLERANCE = 0.999, 1e-6
+GAMMA, TOLERANCE = 0.99, 1e-6
 
 
 def install_peers() -> None:
@@ -38,9 +38,13 @@ def install_peers() -> None:
 
 
 def seconds(work: Callable[[], Any], repeats: int = 3) -> float:
-    """Least wall time of several calls, after one that compiles and fills caches."""
+    """Least wall time of several calls, after one that compiles and fills caches; of that one alone when it is long."""
+    began = time.perf_counter()
     work()
-    times = []
+    times = [time.perf_counter() - began]
+    if times[0] > 5:
+        return times[0]
+    times.clear()
     for _ in range(repeats):
         began = time.perf_counter()
         work()
@@ -124,15 +128,16 @@ def dynamic_programming(largest: int) -> str:
             ways = solvers(module, mdp)
             exact, ours = None, 0.0
             for name, work in ways.items():
-                if n > 10_000 and name in ("plain torch", "plain numpy", "quantecon policy iteration") and largest > 0:
-                    measured = "-"  # minutes; its growth shows in the columns before
+                if n > 10_000 and not name.startswith(("ours", "quantecon modified")):
+                    measured = "-"  # many minutes where mixing is slow; the growth shows in the columns before
                 else:
-                    found = torch.as_tensor(work())
+                    results: list[Any] = []
+                    took = seconds(lambda w=work, r=results: r.append(w()))
+                    found = torch.as_tensor(results[-1])
                     exact = found if exact is None else exact
                     off = float((found - exact).abs().max())
                     if off > 2.1 * TOLERANCE:
                         raise SystemExit(f"{name} on {kind}, {n} states: {off} away from `solve`")
-                    took = seconds(work, 3 if n < 100_000 else 1)
                     ours = ours or took
                     measured = f"{took:.4f} ({took / ours:.1f})"
                 rows.setdefault(name, []).append(measured)
@@ -340,8 +345,9 @@ def main() -> int:
     parser.add_argument("--largest", type=int, default=100_000, help="states of the largest MDP")
     args = parser.parse_args()
     install_peers()
+    torch.set_num_threads(1)  # as the lessons run; tensors this small lose by more
     gae_table, never_slower = advantages()
-    parts = [f"Measured on {tables.machine()}.", dynamic_programming(args.largest), gae_table, q_learning(), offline()]
+    parts = [f"Measured on {tables.machine()}, one thread.", dynamic_programming(args.largest), gae_table, q_learning(), offline()]
     tables.replace("rl", "\n\n".join(part.strip() for part in parts))
     return 0 if never_slower else 1
 
