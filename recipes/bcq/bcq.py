@@ -879,7 +879,7 @@ def threshold_figure(outcomes: list[Outcome], logits: Tensor, data: TabularData,
     right.set_yscale("symlog", linthresh=10)
     right.set_xticks(places, [f"{o.method.threshold:g}" for o in swept])
     right.set(xlabel="tau (0: Q-learning, 1: behaviour cloning)", ylabel="discounted return from the start, log scale")
-    right.set_title("The best path needs tau between untried and rare actions (above: returns)", fontsize=11, pad=20)
+    right.set_title("The best path needs tau between untried and rare (above: returns)", fontsize=11, pad=20)
     draw_returns_by_threshold(right, swept)
     for axis in (left, right):
         axis.grid(alpha=0.25)
