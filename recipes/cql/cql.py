@@ -810,19 +810,23 @@ def curves_figure(curves: Curves, title: str, dataset: OfflineDataset, largest: 
 
 
 def draw_values(axis: Axes, curves: Curves, largest: float | None, known: bool) -> None:
-    """Q(start) and, where `known`, the discounted return of the greedy policy; logits of cloning are no values."""
-    lowest = 0.0 if largest is None else largest
+    """Q(start) and, where `known`, the discounted return of the greedy policy.
+
+    Cloning is left out: its outputs are logits, no values.
+    """
+    shown = [] if largest is None else [np.array([largest])]
     for name in (name for name in curves.q_start if name != CLONING.name):
-        draw_seeds(axis, curves.steps, np.array(curves.q_start[name]), COLORS[name], f"{name} promises")
-        lowest = min(lowest, np.min(curves.q_start[name]))
+        shown.append(np.array(curves.q_start[name]))  # (L, seeds)
+        draw_seeds(axis, curves.steps, shown[-1], COLORS[name], f"{name} promises")
         if known:
-            true = np.median(np.array(curves.value[name]), axis=1)
-            axis.plot(curves.steps, true, ":", color=COLORS[name], linewidth=2, label=f"{name} gets")
-            lowest = min(lowest, true.min())
+            shown.append(np.median(np.array(curves.value[name]), axis=1))  # (L,)
+            axis.plot(curves.steps, shown[-1], ":", color=COLORS[name], linewidth=2, label=f"{name} gets")
     if largest is not None:
         axis.axhline(largest, color="black", linestyle="--", linewidth=1.2, label=f"no policy gets more: {largest:.1f}")
-    axis.set_yscale("log" if lowest > 0 else "symlog")
-    axis.set(title="Q at the start against the discounted return that follows", ylabel="discounted return, log scale")
+    numbers = np.concatenate([np.ravel(each) for each in shown])
+    if np.abs(numbers).max() > 100:
+        axis.set_yscale("log" if numbers.min() > 0 else "symlog")
+    axis.set(title="Q at the start against the discounted return that follows", ylabel="discounted return")
 
 
 def draw_returns(axis: Axes, curves: Curves, average: float) -> None:
@@ -830,7 +834,7 @@ def draw_returns(axis: Axes, curves: Curves, average: float) -> None:
     for name, rows in curves.returns.items():
         draw_seeds(axis, curves.steps, np.array(rows), COLORS[name], name)
     axis.axhline(average, color="black", linestyle="--", linewidth=1.2, label=f"average in the data: {average:.3g}")
-    if min(np.min(rows) for rows in curves.returns.values()) < 0:
+    if min(np.min(rows) for rows in curves.returns.values()) < -1000:
         axis.set_yscale("symlog")
     axis.set(title="Return of the greedy policy", ylabel="undiscounted return")
 
