@@ -1,33 +1,36 @@
 """Conservative Q-learning: learn from a fixed dataset without believing in actions nobody has tried.
 
-Q-learning bootstraps from max_a Q(s', a). Online, an action that is valued too highly gets tried and corrected. Offline
-nothing corrects it: where the data lack an action, its value is whatever initialisation or the network says, the maximum
-picks the most optimistic such value, and the Bellman backup spreads it (extrapolation error: Fujimoto et al. 2019,
-arXiv:1812.02900, section 3). CQL(H) adds a term that lowers the values of all actions softly and raises those in the data:
+Q-learning bootstraps from max_a Q(s', a). Online, an action that is valued too highly gets tried and corrected.
+Offline nothing corrects it: where the data lack an action, its value is whatever initialisation or the network says,
+the maximum picks the most optimistic such value, and the Bellman backup spreads it (extrapolation error: Fujimoto et
+al. 2019, arXiv:1812.02900, section 3). CQL(H) adds a term that lowers the values of all actions softly and raises
+those in the data:
 
     min_Q  alpha * E_{s~D} [ log sum_a exp Q(s, a)  -  E_{a~D(.|s)} Q(s, a) ]
-           +  1/2 E_{(s,a,r,s')~D} [ ( Q(s, a) - y )^2 ]                       (Kumar et al. 2020, arXiv:2006.04779, eq. 4)
+           +  1/2 E_{(s,a,r,s')~D} [ ( Q(s, a) - y )^2 ]              (Kumar et al. 2020, arXiv:2006.04779, eq. 4)
 
     y = r + gamma * (1 - terminal) * max_a' Q_target(s', a')
 
-The added term is - log softmax(Q)(a|s), the loss of behaviour cloning with Q as logits. So one formula holds all three:
-alpha = 0 is Q-learning, alpha -> infinity is behaviour cloning, CQL lies between. With a table, setting the gradient to
-zero gives what a fixed point must satisfy wherever the data have (s, a), with mu = softmax Q and D(a|s) the data's shares:
+The added term is - log softmax(Q)(a|s), the loss of behaviour cloning with Q as logits. So one formula holds all
+three: alpha = 0 is Q-learning, alpha -> infinity is behaviour cloning, CQL lies between. With a table, setting the
+gradient to zero gives what a fixed point must satisfy wherever the data have (s, a), with mu = softmax Q and D(a|s)
+the data's shares:
 
     Q(s, a) = y(s, a) - alpha * ( mu(a|s) / D(a|s) - 1 )                        (as in the proof of their theorem 3.2)
 
 An action is valued below its target where mu takes it more often than the data did, and above where less often.
 
-Two experiments. CliffWalking (a table, exact values): 70 walkers took the safe path, 30 the edge; no other action is in the
-data. Q-learning prefers an action nobody tried in every state and never arrives; behaviour cloning walks the safe path,
--17; CQL finds the better path of the two, -13, up to an alpha that the formula above predicts. CartPole (networks, several
-seeds at once): the values of DQN leave all bounds, those of CQL stay near the true ones.
+Two experiments. CliffWalking (a table, exact values): 70 walkers took the safe path, 30 the edge; no other action is
+in the data. Q-learning prefers an action nobody tried in every state and never arrives; behaviour cloning walks the
+safe path, -17; CQL finds the better path of the two, -13, up to an alpha that the formula above predicts. CartPole
+(networks, several seeds at once): the values of DQN leave all bounds, those of CQL stay near the true ones.
 
-Where the code differs from the paper. The target is the maximum of a target network, as in the paper's experiments with
-discrete actions, not the expectation under softmax Q that theorem 3.2 is about; so nothing promises Q <= V, and large
-alphas break it (`conservatism.png`). The paper adds its term to QR-DQN on Atari frames, this file to a plain DQN with the
-squared error of eq. 4. The table is trained on all data at once, each state weighted equally. With CartPole behaviour
-cloning does as well as anything: that experiment shows overestimation, not that offline RL beats imitation.
+Where the code differs from the paper. The target is the maximum of a target network, as in the paper's experiments
+with discrete actions, not the expectation under softmax Q that theorem 3.2 is about; so nothing promises Q <= V, and
+large alphas break it (`conservatism.png`). The paper adds its term to QR-DQN on Atari frames, this file to a plain
+DQN with the squared error of eq. 4. The table is trained on all data at once, each state weighted equally. With
+CartPole behaviour cloning does as well as anything: that experiment shows overestimation, not that offline RL beats
+imitation.
 """
 
 from __future__ import annotations
@@ -727,7 +730,7 @@ def policies_figure(outcomes: list[Outcome], data: TabularData) -> Figure:
 
 
 def draw_grid(axis: Axes, data: TabularData) -> None:
-    """Cells of CliffWalking: white where there are data, yellow where these differ, grey without data, dark for the cliff."""
+    """Cells of CliffWalking: white with data, yellow where these differ, grey without data, dark for the cliff."""
     rows, columns = GRID
     for state in range(rows * columns):
         y, x = divmod(state, columns)
