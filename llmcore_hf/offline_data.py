@@ -454,7 +454,7 @@ def _follow(path: list[int]) -> Callable[[Any], int]:
 def cartpole(n_transitions: int, epsilon: float, seed: int) -> OfflineDataset:
     """CartPole-v1 under a linear controller that holds the pole, except that a share `epsilon` of the actions is random.
 
-    The controller pushes to the side that the product of CONTROLLER and observation points to. The last episode is cut by a timeout.
+    The sign of CONTROLLER times observation says to which side it pushes. The last episode is cut by a timeout.
     """
     rng = np.random.default_rng(seed)
 

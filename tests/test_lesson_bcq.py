@@ -145,6 +145,38 @@ def test_stacked_networks_are_so_many_single_ones() -> None:
         torch.testing.assert_close(nets(x)[k], torch.nn.Sequential(*layers[:-1])(x[k]))
 
 
+def test_a_step_descends_the_whole_loss() -> None:
+    """A step of SGD against the gradient of the formula, written out for one network."""
+    r = random_batch(k=1)
+    batch = bcq.Batch(*(each if each.dtype == torch.long else each.float() for each in r.batch))
+    nets = bcq.Networks(1, (2, 8, 4), torch.Generator().manual_seed(0))
+    target = bcq.MLPs(1, (2, 8, 4), torch.Generator().manual_seed(1))
+    loss = torch.zeros(())
+    for b in range(5):
+        state, following = (each[:, b : b + 1] for each in (batch.observations, batch.next_observations))
+        action = int(batch.actions[0, b])
+        with torch.no_grad():
+            probabilities, values = nets.g(following)[0, 0].softmax(0), nets.q(following)[0, 0]
+            possible = [a for a in range(4) if probabilities[a] / probabilities.max() > 0.8]
+            best = max(possible, key=lambda a: float(values[a]))
+            y = batch.rewards[0, b] + 0.9 * (1 - batch.terminals[0, b]) * target(following)[0, 0, best]
+        error = (nets.q(state)[0, 0, action] - y).abs()
+        logits = nets.g(state)[0, 0]
+        huber = error**2 / 2 if error < 1 else error - 0.5
+        loss = loss + (huber - logits.softmax(0)[action].log() + 1e-2 * (logits**2).mean()) / 5
+    gradients = torch.autograd.grad(loss, [*nets.parameters()])
+    expected = [p.detach() - 0.1 * g for p, g in zip(nets.parameters(), gradients, strict=True)]
+    optimizer = torch.optim.SGD(nets.parameters(), lr=0.1)
+    bcq.train_step(nets, target, optimizer, batch, torch.tensor([[[0.8]]]), 0.9)
+    for found, wanted in zip(nets.parameters(), expected, strict=True):
+        torch.testing.assert_close(found.detach(), wanted)
+
+
+def test_networks_of_a_method_stand_side_by_side() -> None:
+    threshold = bcq.thresholds_of(bcq.Args(threshold=0.25, n_seeds=2))
+    assert threshold.shape == (6, 1, 1) and threshold.flatten().tolist() == [0, 0, 0.25, 0.25, 1, 1]
+
+
 def test_a_step_of_many_networks_is_so_many_steps_of_one() -> None:
     r = random_batch(k=2)
     batch = bcq.Batch(*(each if each.dtype == torch.long else each.float() for each in r.batch))
@@ -343,6 +375,38 @@ def test_evaluation_is_that_of_a_plain_loop() -> None:
     assert returns.tolist() == lengths.reshape(3, 4).mean(1).tolist()
     discounted = (1 - args.gamma**lengths) / (1 - args.gamma)
     assert value.tolist() == pytest.approx(discounted.reshape(3, 4).mean(1).tolist())
+
+
+class ShortEpisodes:
+    """Stands in for a vector environment: observations count the steps, the n-th episode is cut after n + 1 steps."""
+
+    spec = SimpleNamespace(max_episode_steps=20)
+
+    def __init__(self, num_envs: int) -> None:
+        self.n, self.t = num_envs, 0
+
+    def reset(self, seed: int) -> tuple[np.ndarray, dict]:
+        return np.zeros((self.n, 4), dtype=np.float32), {}
+
+    def step(self, actions: np.ndarray) -> tuple:
+        self.t += 1
+        truncated = np.arange(self.n) < self.t
+        return np.full((self.n, 4), self.t, np.float32), np.ones(self.n), np.zeros(self.n, bool), truncated, {}
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_cut_episode_counts_no_further_and_q_is_that_of_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = offline_data.cartpole(50, 0.4, 0)
+    monkeypatch.setattr(gym, "make_vec", lambda env_id, num_envs: ShortEpisodes(num_envs))
+    nets = bcq.Networks(3, (4, 2), torch.Generator().manual_seed(0))
+    q_start, value, returns = bcq.evaluate(nets, dataset, bcq.Args(eval_episodes=3, n_seeds=1))
+    q, logits = nets.q.biases[0][:, 0], nets.g.biases[0][:, 0]  # at observation 0
+    chosen = bcq.best_allowed(q, logits, torch.tensor([[0.0], [0.3], [1.0]]))
+    torch.testing.assert_close(q_start, bcq.take(q, chosen))
+    assert returns.tolist() == [2.0, 5.0, 8.0]  # 1, 2, 3 and 4, 5, 6 and 7, 8, 9 steps
+    assert value[0] == pytest.approx(np.mean([sum(0.95**t for t in range(n)) for n in (1, 2, 3)]))
 
 
 def test_without_an_environment_only_q_is_known() -> None:

@@ -119,6 +119,36 @@ def test_stacked_networks_are_so_many_single_ones() -> None:
     assert all(weight.abs().max() <= 1 / math.sqrt(weight.shape[1]) for weight in nets.weights)
 
 
+def test_a_step_descends_the_loss_of_equation_4() -> None:
+    """A step of SGD against the gradient of the formula, written out for one network."""
+    r = random_batch(k=1)
+    batch = cql.Batch(*(each if each.dtype == torch.long else each.float() for each in r.batch))
+    net, target = (cql.MLPs(1, (2, 8, 4), torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    loss = torch.zeros(())
+    for b in range(5):
+        state, action = batch.observations[:, b : b + 1], int(batch.actions[0, b])
+        q = net(state)[0, 0]
+        with torch.no_grad():
+            following = target(batch.next_observations[:, b : b + 1]).max()
+        y = batch.rewards[0, b] + 0.9 * (1 - batch.terminals[0, b]) * following
+        loss = loss + ((q[action] - y) ** 2 / 2 + 2.5 * (q.exp().sum().log() - q[action])) / 5
+    expected = [
+        p.detach() - 0.1 * g
+        for p, g in zip(net.parameters(), torch.autograd.grad(loss, [*net.parameters()]), strict=True)
+    ]
+    weights = cql.Weights.of([cql.Method("CQL", 1.0, 2.5)])
+    td, conservative = cql.train_step(net, target, torch.optim.SGD(net.parameters(), lr=0.1), batch, weights, 0.9)
+    assert float(td + 2.5 * conservative) == pytest.approx(loss.item(), rel=1e-5)
+    for found, wanted in zip(net.parameters(), expected, strict=True):
+        torch.testing.assert_close(found.detach(), wanted)
+
+
+def test_networks_of_a_method_stand_side_by_side() -> None:
+    weights = cql.Weights.of(cql.methods_of(cql.Args(alpha=2.5)), n_seeds=2)
+    assert weights.td_weight.tolist() == [1, 1, 1, 1, 0, 0]
+    assert weights.alpha.tolist() == [0, 0, 2.5, 2.5, 1, 1]
+
+
 def test_a_step_of_many_networks_is_so_many_steps_of_one() -> None:
     """Nothing leaks between networks: one with alpha = 0 is not moved by its neighbour's conservative term."""
     r = random_batch(k=2)
@@ -304,6 +334,38 @@ def test_evaluation_is_that_of_a_plain_loop() -> None:
     assert returns.tolist() == lengths.reshape(2, 4).mean(1).tolist()
     assert value.tolist() == pytest.approx(
         ((1 - args.gamma**lengths) / (1 - args.gamma)).reshape(2, 4).mean(1).tolist()
+    )
+
+
+class ShortEpisodes:
+    """Stands in for a vector environment: observations count the steps, the n-th episode is cut after n + 1 steps."""
+
+    spec = SimpleNamespace(max_episode_steps=20)
+
+    def __init__(self, num_envs: int) -> None:
+        self.n, self.t = num_envs, 0
+
+    def reset(self, seed: int) -> tuple[np.ndarray, dict]:
+        return np.zeros((self.n, 4), dtype=np.float32), {}
+
+    def step(self, actions: np.ndarray) -> tuple:
+        self.t += 1
+        truncated = np.arange(self.n) < self.t
+        return np.full((self.n, 4), self.t, np.float32), np.ones(self.n), np.zeros(self.n, bool), truncated, {}
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_cut_episode_counts_no_further_and_q_is_that_of_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = offline_data.cartpole(50, 0.4, 0)
+    monkeypatch.setattr(gym, "make_vec", lambda env_id, num_envs: ShortEpisodes(num_envs))
+    nets = cql.MLPs(2, (4, 2), torch.Generator().manual_seed(0))
+    q_start, value, returns = cql.evaluate(nets, 2, dataset, cql.Args(eval_episodes=3))
+    torch.testing.assert_close(q_start, nets.biases[0].max(-1).values.flatten())  # observation 0
+    assert returns.tolist() == [2.0, 5.0]  # 1, 2, 3 and 4, 5, 6 steps
+    assert value.tolist() == pytest.approx(
+        [np.mean([sum(0.95**t for t in range(n)) for n in lengths]) for lengths in ((1, 2, 3), (4, 5, 6))]
     )
 
 

@@ -191,6 +191,13 @@ def test_an_environment_that_does_not_fit_is_refused(env_id: str, words: str) ->
         DatasetArguments(dataset_path="x.npz", env_id=env_id)
 
 
+def test_actions_that_do_not_start_at_0_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = gym.make("CartPole-v1")
+    env.action_space = gym.spaces.Discrete(2, start=1)
+    monkeypatch.setattr(gym, "make", lambda env_id: env)
+    assert "this lesson is for Discrete(n)" in refusal(vectors(), "CartPole-v1")
+
+
 def test_a_missing_file_and_a_folder_are_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing.npz cannot be read: No such file"):
         load(tmp_path / "nothing.npz")

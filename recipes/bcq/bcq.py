@@ -1,8 +1,8 @@
 """Discrete batch-constrained Q-learning: only actions that somebody has tried may be chosen, and bootstrapped from.
 
 Offline, Q-learning fails because max_a' Q(s', a') picks actions that the data lack, whose values nothing has ever
-corrected (extrapolation error: Fujimoto et al. 2019, arXiv:1812.02900, section 3). BCQ learns beside Q a model G(a|s) of who
-made the data, and leaves out the actions that G finds unlikely compared with the likeliest one:
+corrected (extrapolation error: Fujimoto et al. 2019, arXiv:1812.02900, section 3). BCQ learns beside Q a model G(a|s)
+of who made the data, and leaves out the actions that G finds unlikely compared with the likeliest one:
 
     allowed(s) = { a : G(a|s) / max_b G(b|s) > tau }
     a'         = argmax over allowed(s') of Q(s', a')
@@ -10,24 +10,24 @@ made the data, and leaves out the actions that G finds unlikely compared with th
     policy     = argmax over allowed(s) of Q(s, a)
     loss       = Huber( Q(s, a) - y )  -  log G(a|s)  +  1e-2 * mean over actions of logits(s)^2
 
-(Fujimoto, Conti, Ghavamzadeh, Pineau 2019, "Benchmarking Batch Deep Reinforcement Learning Algorithms", arXiv:1910.01708,
-algorithm 1; the last term and the use of Q and Q_target for a' and its value, as in Double DQN, are those of the authors' code.)
-tau = 0 allows everything, which is Q-learning; tau = 1 leaves the likeliest action, which is behaviour cloning. The same
-filter stands in two places, and the lesson shows that both are needed: only in the target, the policy still takes untried
-actions; only in the policy, Q is spoiled by the values it bootstraps from.
+(Fujimoto, Conti, Ghavamzadeh, Pineau 2019, "Benchmarking Batch Deep Reinforcement Learning Algorithms",
+arXiv:1910.01708, algorithm 1; the last term and the use of Q and Q_target for a' and its value, as in Double DQN, are
+those of the authors' code.) tau = 0 allows everything, which is Q-learning; tau = 1 leaves the likeliest action,
+which is behaviour cloning. The same filter stands in two places, and the lesson shows that both are needed: only in
+the target, the policy still takes untried actions; only in the policy, Q is spoiled by the values it bootstraps from.
 
-Two experiments. CliffWalking (a table, exact values): 70 walkers took the safe path, 30 the edge; no other action is in the
-data. Q-learning never arrives, behaviour cloning walks the safe path, -17, BCQ the better of the two, -13, for every tau
-between the ratio G/max G of untried actions, up to 0.014, and that of the rare action where the paths part, 0.425 (3/7 in the
-data; the penalty on the logits moves both). Its Q equals the true value of its policy: BCQ forbids, it does not lower values
-as CQL does. CartPole (networks, several seeds at once): the values of
-Double DQN leave all bounds, those of BCQ stay near the true ones.
+Two experiments. CliffWalking (a table, exact values): 70 walkers took the safe path, 30 the edge; no other action is
+in the data. Q-learning never arrives, behaviour cloning walks the safe path, -17, BCQ the better of the two, -13, for
+every tau between the ratio G/max G of untried actions, up to 0.014, and that of the rare action where the paths part,
+0.425 (3/7 in the data; the penalty on the logits moves both). Its Q equals the true value of its policy: BCQ forbids,
+it does not lower values as CQL does. CartPole (networks, several seeds at once): the values of Double DQN leave all
+bounds, those of BCQ stay near the true ones.
 
-Where the code differs from the paper. It writes ">= tau" for "> tau", so that tau = 1 keeps the likeliest action instead of
-none. The table is trained on all data at once, each state weighted equally; G is a table too. Networks for Q and G share
-nothing (the authors' small version; their Atari version shares the convolutions), and there is no epsilon in evaluation.
-With CartPole behaviour cloning does as well as anything: that experiment shows overestimation, not that offline RL beats
-imitation.
+Where the code differs from the paper. It writes ">= tau" for "> tau", so that tau = 1 keeps the likeliest action
+instead of none. The table is trained on all data at once, each state weighted equally; G is a table too. Networks for
+Q and G share nothing (the authors' small version; their Atari version shares the convolutions), and there is no
+epsilon in evaluation. With CartPole behaviour cloning does as well as anything: that experiment shows overestimation,
+not that offline RL beats imitation.
 """
 
 from __future__ import annotations
@@ -791,7 +791,7 @@ def policies_figure(outcomes: list[Outcome], data: TabularData) -> Figure:
 
 
 def draw_grid(axis: Axes, data: TabularData) -> None:
-    """Cells of CliffWalking: white where there are data, yellow where these differ, grey without data, dark for the cliff."""
+    """Cells of CliffWalking: white with data, yellow where these differ, grey without data, dark for the cliff."""
     rows, columns = GRID
     for state in range(rows * columns):
         y, x = divmod(state, columns)
@@ -879,7 +879,7 @@ def threshold_figure(outcomes: list[Outcome], logits: Tensor, data: TabularData,
     right.set_yscale("symlog", linthresh=10)
     right.set_xticks(places, [f"{o.method.threshold:g}" for o in swept])
     right.set(xlabel="tau (0: Q-learning, 1: behaviour cloning)", ylabel="discounted return from the start, log scale")
-    right.set_title("The best path needs tau between untried and rare actions (above: returns)", fontsize=11, pad=20)
+    right.set_title("The best path needs tau between untried and rare (above: returns)", fontsize=11, pad=20)
     draw_returns_by_threshold(right, swept)
     for axis in (left, right):
         axis.grid(alpha=0.25)
@@ -916,19 +916,23 @@ def curves_figure(curves: Curves, title: str, dataset: OfflineDataset, largest: 
 
 
 def draw_values(axis: Axes, curves: Curves, largest: float | None, known: bool) -> None:
-    """Q(start) and, where `known`, the discounted return of the greedy policy."""
-    lowest = 0.0 if largest is None else largest
-    for name in (name for name in curves.q_start if name != CLONING.name):  # whose Q is not what it acts by
-        draw_seeds(axis, curves.steps, np.array(curves.q_start[name]), COLORS[name], f"{name} promises")
-        lowest = min(lowest, np.min(curves.q_start[name]))
+    """Q(start) and, where `known`, the discounted return of the greedy policy.
+
+    Cloning is left out: its Q is not what it acts by.
+    """
+    shown = [] if largest is None else [np.array([largest])]
+    for name in (name for name in curves.q_start if name != CLONING.name):
+        shown.append(np.array(curves.q_start[name]))  # (L, seeds)
+        draw_seeds(axis, curves.steps, shown[-1], COLORS[name], f"{name} promises")
         if known:
-            true = np.median(np.array(curves.value[name]), axis=1)
-            axis.plot(curves.steps, true, ":", color=COLORS[name], linewidth=2, label=f"{name} gets")
-            lowest = min(lowest, true.min())
+            shown.append(np.median(np.array(curves.value[name]), axis=1))  # (L,)
+            axis.plot(curves.steps, shown[-1], ":", color=COLORS[name], linewidth=2, label=f"{name} gets")
     if largest is not None:
         axis.axhline(largest, color="black", linestyle="--", linewidth=1.2, label=f"no policy gets more: {largest:.1f}")
-    axis.set_yscale("log" if lowest > 0 else "symlog")
-    axis.set(title="Q at the start against the discounted return that follows", ylabel="discounted return, log scale")
+    numbers = np.concatenate([np.ravel(each) for each in shown])
+    if np.abs(numbers).max() > 100:
+        axis.set_yscale("log" if numbers.min() > 0 else "symlog")
+    axis.set(title="Q at the start against the discounted return that follows", ylabel="discounted return")
 
 
 def draw_returns(axis: Axes, curves: Curves, average: float) -> None:
@@ -936,7 +940,7 @@ def draw_returns(axis: Axes, curves: Curves, average: float) -> None:
     for name, rows in curves.returns.items():
         draw_seeds(axis, curves.steps, np.array(rows), COLORS[name], name)
     axis.axhline(average, color="black", linestyle="--", linewidth=1.2, label=f"average in the data: {average:.3g}")
-    if min(np.min(rows) for rows in curves.returns.values()) < 0:
+    if min(np.min(rows) for rows in curves.returns.values()) < -1000:
         axis.set_yscale("symlog")
     axis.set(title="Return of the greedy policy", ylabel="undiscounted return")
 

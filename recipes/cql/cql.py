@@ -1,33 +1,36 @@
 """Conservative Q-learning: learn from a fixed dataset without believing in actions nobody has tried.
 
-Q-learning bootstraps from max_a Q(s', a). Online, an action that is valued too highly gets tried and corrected. Offline
-nothing corrects it: where the data lack an action, its value is whatever initialisation or the network says, the maximum
-picks the most optimistic such value, and the Bellman backup spreads it (extrapolation error: Fujimoto et al. 2019,
-arXiv:1812.02900, section 3). CQL(H) adds a term that lowers the values of all actions softly and raises those in the data:
+Q-learning bootstraps from max_a Q(s', a). Online, an action that is valued too highly gets tried and corrected.
+Offline nothing corrects it: where the data lack an action, its value is whatever initialisation or the network says,
+the maximum picks the most optimistic such value, and the Bellman backup spreads it (extrapolation error: Fujimoto et
+al. 2019, arXiv:1812.02900, section 3). CQL(H) adds a term that lowers the values of all actions softly and raises
+those in the data:
 
     min_Q  alpha * E_{s~D} [ log sum_a exp Q(s, a)  -  E_{a~D(.|s)} Q(s, a) ]
-           +  1/2 E_{(s,a,r,s')~D} [ ( Q(s, a) - y )^2 ]                       (Kumar et al. 2020, arXiv:2006.04779, eq. 4)
+           +  1/2 E_{(s,a,r,s')~D} [ ( Q(s, a) - y )^2 ]              (Kumar et al. 2020, arXiv:2006.04779, eq. 4)
 
     y = r + gamma * (1 - terminal) * max_a' Q_target(s', a')
 
-The added term is - log softmax(Q)(a|s), the loss of behaviour cloning with Q as logits. So one formula holds all three:
-alpha = 0 is Q-learning, alpha -> infinity is behaviour cloning, CQL lies between. With a table, setting the gradient to
-zero gives what a fixed point must satisfy wherever the data have (s, a), with mu = softmax Q and D(a|s) the data's shares:
+The added term is - log softmax(Q)(a|s), the loss of behaviour cloning with Q as logits. So one formula holds all
+three: alpha = 0 is Q-learning, alpha -> infinity is behaviour cloning, CQL lies between. With a table, setting the
+gradient to zero gives what a fixed point must satisfy wherever the data have (s, a), with mu = softmax Q and D(a|s)
+the data's shares:
 
     Q(s, a) = y(s, a) - alpha * ( mu(a|s) / D(a|s) - 1 )                        (as in the proof of their theorem 3.2)
 
 An action is valued below its target where mu takes it more often than the data did, and above where less often.
 
-Two experiments. CliffWalking (a table, exact values): 70 walkers took the safe path, 30 the edge; no other action is in the
-data. Q-learning prefers an action nobody tried in every state and never arrives; behaviour cloning walks the safe path,
--17; CQL finds the better path of the two, -13, up to an alpha that the formula above predicts. CartPole (networks, several
-seeds at once): the values of DQN leave all bounds, those of CQL stay near the true ones.
+Two experiments. CliffWalking (a table, exact values): 70 walkers took the safe path, 30 the edge; no other action is
+in the data. Q-learning prefers an action nobody tried in every state and never arrives; behaviour cloning walks the
+safe path, -17; CQL finds the better path of the two, -13, up to an alpha that the formula above predicts. CartPole
+(networks, several seeds at once): the values of DQN leave all bounds, those of CQL stay near the true ones.
 
-Where the code differs from the paper. The target is the maximum of a target network, as in the paper's experiments with
-discrete actions, not the expectation under softmax Q that theorem 3.2 is about; so nothing promises Q <= V, and large
-alphas break it (`conservatism.png`). The paper adds its term to QR-DQN on Atari frames, this file to a plain DQN with the
-squared error of eq. 4. The table is trained on all data at once, each state weighted equally. With CartPole behaviour
-cloning does as well as anything: that experiment shows overestimation, not that offline RL beats imitation.
+Where the code differs from the paper. The target is the maximum of a target network, as in the paper's experiments
+with discrete actions, not the expectation under softmax Q that theorem 3.2 is about; so nothing promises Q <= V, and
+large alphas break it (`conservatism.png`). The paper adds its term to QR-DQN on Atari frames, this file to a plain
+DQN with the squared error of eq. 4. The table is trained on all data at once, each state weighted equally. With
+CartPole behaviour cloning does as well as anything: that experiment shows overestimation, not that offline RL beats
+imitation.
 """
 
 from __future__ import annotations
@@ -727,7 +730,7 @@ def policies_figure(outcomes: list[Outcome], data: TabularData) -> Figure:
 
 
 def draw_grid(axis: Axes, data: TabularData) -> None:
-    """Cells of CliffWalking: white where there are data, yellow where these differ, grey without data, dark for the cliff."""
+    """Cells of CliffWalking: white with data, yellow where these differ, grey without data, dark for the cliff."""
     rows, columns = GRID
     for state in range(rows * columns):
         y, x = divmod(state, columns)
@@ -810,19 +813,23 @@ def curves_figure(curves: Curves, title: str, dataset: OfflineDataset, largest: 
 
 
 def draw_values(axis: Axes, curves: Curves, largest: float | None, known: bool) -> None:
-    """Q(start) and, where `known`, the discounted return of the greedy policy; logits of cloning are no values."""
-    lowest = 0.0 if largest is None else largest
+    """Q(start) and, where `known`, the discounted return of the greedy policy.
+
+    Cloning is left out: its outputs are logits, no values.
+    """
+    shown = [] if largest is None else [np.array([largest])]
     for name in (name for name in curves.q_start if name != CLONING.name):
-        draw_seeds(axis, curves.steps, np.array(curves.q_start[name]), COLORS[name], f"{name} promises")
-        lowest = min(lowest, np.min(curves.q_start[name]))
+        shown.append(np.array(curves.q_start[name]))  # (L, seeds)
+        draw_seeds(axis, curves.steps, shown[-1], COLORS[name], f"{name} promises")
         if known:
-            true = np.median(np.array(curves.value[name]), axis=1)
-            axis.plot(curves.steps, true, ":", color=COLORS[name], linewidth=2, label=f"{name} gets")
-            lowest = min(lowest, true.min())
+            shown.append(np.median(np.array(curves.value[name]), axis=1))  # (L,)
+            axis.plot(curves.steps, shown[-1], ":", color=COLORS[name], linewidth=2, label=f"{name} gets")
     if largest is not None:
         axis.axhline(largest, color="black", linestyle="--", linewidth=1.2, label=f"no policy gets more: {largest:.1f}")
-    axis.set_yscale("log" if lowest > 0 else "symlog")
-    axis.set(title="Q at the start against the discounted return that follows", ylabel="discounted return, log scale")
+    numbers = np.concatenate([np.ravel(each) for each in shown])
+    if np.abs(numbers).max() > 100:
+        axis.set_yscale("log" if numbers.min() > 0 else "symlog")
+    axis.set(title="Q at the start against the discounted return that follows", ylabel="discounted return")
 
 
 def draw_returns(axis: Axes, curves: Curves, average: float) -> None:
@@ -830,7 +837,7 @@ def draw_returns(axis: Axes, curves: Curves, average: float) -> None:
     for name, rows in curves.returns.items():
         draw_seeds(axis, curves.steps, np.array(rows), COLORS[name], name)
     axis.axhline(average, color="black", linestyle="--", linewidth=1.2, label=f"average in the data: {average:.3g}")
-    if min(np.min(rows) for rows in curves.returns.values()) < 0:
+    if min(np.min(rows) for rows in curves.returns.values()) < -1000:
         axis.set_yscale("symlog")
     axis.set(title="Return of the greedy policy", ylabel="undiscounted return")
 
