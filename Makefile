@@ -50,7 +50,7 @@ bench: $(STAMPS)/base  ## compare with plain TRL: training time and losses, and 
 	$(PY) benchmarks/data_scale.py
 
 bench-rl: $(STAMPS)/base  ## compare the RL lessons with quantecon, torchrl and d3rlpy
-	$(PY) benchmarks/rl.py
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(PY) benchmarks/rl.py
 
 torture: $(STAMPS)/base  ## kill runs at random moments, resume them, compare with uninterrupted ones
 	$(PY) benchmarks/kill_resume.py
