@@ -536,12 +536,15 @@ def mixed_policy_iteration(mdp: MDP, gamma: float) -> Iterator[Iterate]:
     """
     values, work = lower_solution(mdp, gamma), 0.0
     since, budget = 0, FIRST_SOLVE  # in sweeps of one policy
+    former = torch.empty(0, dtype=torch.long)
     while True:
         backup, policy = greedy(action_values(mdp, values, gamma))
         work += 1
         yield Iterate(values, backup, work)
         low, high = residual_range(mdp, values, backup)
-        transition, reward = follow(mdp, policy)
+        if not torch.equal(policy, former):
+            transition, reward = follow(mdp, policy)
+            former = policy
         if since < budget:
             values, used = sweep_policy(mdp, transition, reward, backup, gamma, stop=0.1 * (high - low))
             since += used + mdp.n_actions
