@@ -536,12 +536,15 @@ def mixed_policy_iteration(mdp: MDP, gamma: float) -> Iterator[Iterate]:
     """
     values, work = lower_solution(mdp, gamma), 0.0
     since, budget = 0, FIRST_SOLVE  # in sweeps of one policy
+    former = torch.empty(0, dtype=torch.long)
     while True:
         backup, policy = greedy(action_values(mdp, values, gamma))
         work += 1
         yield Iterate(values, backup, work)
         low, high = residual_range(mdp, values, backup)
-        transition, reward = follow(mdp, policy)
+        if not torch.equal(policy, former):
+            transition, reward = follow(mdp, policy)
+            former = policy
         if since < budget:
             values, used = sweep_policy(mdp, transition, reward, backup, gamma, stop=0.1 * (high - low))
             since += used + mdp.n_actions
@@ -1179,7 +1182,7 @@ class Grid:
 
     def draw(self, axis: Axes, title: str) -> None:
         """Numbers on a heat map; an arrow per greedy action, a dot for one that leads nowhere; idle states hatched."""
-        axis.imshow(self.values.masked_fill(self.idle, math.nan).view(self.shape), cmap="viridis")
+        axis.imshow(self.values.masked_fill(self.idle, math.nan).view(self.shape).numpy(), cmap="viridis")
         low, high = (float(x) for x in torch.aminmax(self.values[~self.idle]))
         lift, size = (0.0 if self.best is None else 0.25), (7 if max(self.shape) > 6 else 10)
         for state, value in enumerate(self.values.tolist()):
@@ -1227,17 +1230,16 @@ def draw_gridworlds(random_big: Tensor, best_big: Tensor, random_small: Tensor) 
 def draw_gambler(mdp: MDP, final: Tensor) -> Figure:
     """Example 4.3: sweeps of value iteration, and all stakes that are optimal."""
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(12.4, 4.6), layout="constrained")
-    capital = torch.arange(1, 100)
+    capital = np.arange(1, 100)
     for step, color in zip(value_iteration(mdp, 1.0), ("#c6dbef", "#6baed6", "#2171b5"), strict=False):
-        left.step(capital, step.backup[1:-1], color=color, where="mid", label=f"after sweep {step.work}")
-    left.plot(capital, final[1:-1], color="#d62728", label="v* (probability of reaching 100)")
+        left.step(capital, step.backup[1:-1].numpy(), color=color, where="mid", label=f"after sweep {step.work}")
+    left.plot(capital, final[1:-1].numpy(), color="#d62728", label="v* (probability of reaching 100)")
     left.set(xlabel="capital (dollars)", ylabel="value")
     left.set_title("Gambler's problem, p(heads) = 0.4: how do values spread from the goal?", fontsize=11)
-    best = best_actions(mdp, final, 1.0)[:, 1:-1]  # (50, 99)
-    stakes, where = best.nonzero().T
+    best = best_actions(mdp, final, 1.0)[:, 1:-1].numpy()  # (50, 99)
+    stakes, where = best.nonzero()
     right.plot(where + 1, stakes + 1, ".", color="#9ecae1", markersize=5, label="every optimal stake")
-    smallest = best.to(torch.uint8).argmax(0) + 1
-    right.step(capital, smallest, color="#d62728", linewidth=1.2, where="mid", label="the smallest of them")
+    right.step(capital, best.argmax(0) + 1, color="#d62728", linewidth=1.2, where="mid", label="the smallest of them")
     right.set(xlabel="capital (dollars)", ylabel="stake (dollars)")
     right.set_title("Is the optimal policy unique? No, many stakes tie", fontsize=11)
     for axis in (left, right):
@@ -1252,19 +1254,20 @@ def draw_car_rental(policies: list[Tensor], values: Tensor) -> Figure:
     figure, axes = plt.subplots(2, 3, figsize=(12, 9), layout="constrained", sharex=True, sharey=True)
     levels = {"cmap": plt.get_cmap("RdBu_r", 2 * MAX_MOVED + 1), "vmin": -MAX_MOVED - 0.5, "vmax": MAX_MOVED + 0.5}
     for i, (axis, policy) in enumerate(zip(axes.flat[:5], policies, strict=False)):
-        moved = (policy - MAX_MOVED).view(side, side)
+        moved = (policy - MAX_MOVED).view(side, side).numpy()
         image = axis.imshow(moved, origin="lower", **levels)
-        for level in moved.unique().tolist():
-            cells = (moved == level).nonzero().to(DTYPE)
-            y, x = cells[(cells - cells.mean(0)).norm(dim=1).argmin()]
+        for level in np.unique(moved).tolist():
+            cells = np.argwhere(moved == level)  # the label stands in the one nearest to their middle
+            y, x = cells[np.linalg.norm(cells - cells.mean(0), axis=1).argmin()]
             axis.text(x, y, str(level), ha="center", va="center", color="white" if abs(level) > 3 else "black")
         note = " (start: move nothing)" if i == 0 else " (optimal)" if i == len(policies) - 1 else ""
         axis.set_title(f"pi_{i}{note}", fontsize=11)
     label = "cars moved overnight from location 1 to location 2"
     figure.colorbar(image, ax=axes, location="bottom", shrink=0.5, aspect=40, ticks=range(-5, 6), label=label)
     last = axes.flat[5]
-    last.imshow(values.view(side, side), origin="lower", cmap="viridis")
-    last.clabel(last.contour(values.view(side, side), colors="white", linewidths=0.8), fontsize=9, fmt="%.0f")
+    table = values.view(side, side).numpy()
+    last.imshow(table, origin="lower", cmap="viridis")
+    last.clabel(last.contour(table, colors="white", linewidths=0.8), fontsize=9, fmt="%.0f")
     last.set_title(f"v* (dollars): {float(values[0]):.0f} to {float(values[-1]):.0f}", fontsize=11)
     for axis in axes[-1]:
         axis.set(xlabel="cars at location 2 in the evening", xticks=range(0, side, 5))
@@ -1308,7 +1311,7 @@ def draw_taxi(axis: Axes) -> None:
 def draw_values(axis: Axes, env: gym.Env, mdp: MDP, values: Tensor, gamma: float, title: str) -> None:
     """v* on the map of the environment where it has one, otherwise sorted."""
     if (found := map_of(env)) is None:
-        axis.plot(values.sort(descending=True).values, color=COLORS["value iteration, span"])
+        axis.plot(values.sort(descending=True).values.numpy(), color=COLORS["value iteration, span"])
         axis.set(xlabel="state, best first", ylabel="v*")
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.25)
