@@ -347,7 +347,13 @@ def main() -> int:
     install_peers()
     torch.set_num_threads(1)  # as the lessons run; tensors this small lose by more
     gae_table, never_slower = advantages()
-    parts = [f"Measured on {tables.machine()}, one thread.", dynamic_programming(args.largest), gae_table, q_learning(), offline()]
+    parts = [
+        f"Measured on {tables.machine()}, one thread.",
+        dynamic_programming(args.largest),
+        gae_table,
+        q_learning(),
+        offline(),
+    ]
     tables.replace("rl", "\n\n".join(part.strip() for part in parts))
     return 0 if never_slower else 1
 
