@@ -48,12 +48,12 @@ CAMPAIGN = {
 LESSONS = {
     "mdp": "mdp.return",
     "td_learning": "td_learning.cliff_online_returns",
-    "advantage": "advantage.baseline_reduces_variance",
+    "advantage": "advantage.variance_falls",
     "policy_gradient": "policy_gradient.greedy_return_reached_target",
     "gae": "gae.return_rose",
     "actor_critic": "actor_critic.greedy_return_reached_target",
     "cql": "cql.q_start_near_true_value",
-    "bcq": "bcq.return",
+    "bcq": "bcq.beats_imitation",
 }
 
 
