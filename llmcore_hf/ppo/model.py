@@ -1,0 +1,253 @@
+"""Policy and critic as one module, so that one optimizer (and one DeepSpeed engine) trains both.
+
+`SeparateModels` holds two models. `SharedBackbone` holds one copy of the base weights with two LoRA adapters: the policy's
+and the critic's; with both off it is the reference.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from trl.trainer.utils import selective_log_softmax, selective_log_softmax_and_entropy
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedModel
+
+VALUE = "value"  # name of the critic's adapter
+VALUE_FOLDER = "value_model"  # where the critic is saved, beside the policy
+POLICY_PREFIX = "policy."
+
+
+class PolicyAndValue(nn.Module):
+    """What both kinds share: `policy`, a causal language model, and what the Trainer asks of a model."""
+
+    accepts_loss_kwargs = False
+
+    def __init__(self, policy: PreTrainedModel, temperature: float) -> None:
+        super().__init__()
+        self.policy = policy
+        self.temperature = temperature
+        self.keeps_logits = "logits_to_keep" in inspect.signature(_base(policy).forward).parameters
+        self._keys_to_ignore_on_save: list[str] = []  # the Trainer asks for it when it resumes
+        self.register_load_state_dict_pre_hook(_understand_checkpoint)
+
+    @property
+    def config(self) -> Any:
+        return self.policy.config
+
+    @property
+    def generation_config(self) -> Any:
+        return self.policy.generation_config
+
+    def tie_weights(self) -> None:
+        _base(self.policy).tie_weights()
+
+    # TRL turns activation checkpointing off and on again around `generate`, by its old name.
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.policy.is_activation_checkpointing
+
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
+        for model in self.parts():
+            model.activation_checkpointing_enable(**kwargs)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        self.activation_checkpointing_enable(activation_checkpointing_kwargs=gradient_checkpointing_kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        for model in self.parts():
+            model.activation_checkpointing_disable()
+
+    def parts(self) -> list[nn.Module]:
+        """The models whose layers are trained."""
+        return [self.policy]
+
+    def is_saved_elsewhere(self, name: str) -> bool:
+        """Whether a weight is not in the `model.safetensors` of a checkpoint, and need not be."""
+        raise NotImplementedError
+
+    def save(self, folder: Path, state: dict[str, Tensor]) -> None:
+        """Write policy and critic, given the state dict of this module, so that `from_pretrained` loads them."""
+        raise NotImplementedError
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, n_completion: int, with_entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Log-probabilities of the completion tokens and values of the texts before them, in one call for DDP's sake.
+
+        Args:
+            input_ids: (B, P + T) prompts padded on the left, completions padded on the right.
+            attention_mask: (B, P + T).
+            n_completion: T.
+            with_entropy: also the entropy of each token's distribution, with gradient.
+
+        Returns:
+            log-probabilities (B, T) at the sampling temperature, entropies (B, T) or None, values (B, T + 1): `values[:, t]`
+            belongs to the text before token t, the last one to the whole text.
+        """
+        logprobs, entropies = self.logprobs(input_ids, attention_mask, n_completion, with_entropy)
+        return logprobs, entropies, self.values(input_ids, attention_mask, n_completion)
+
+    def logprobs(
+        self, input_ids: Tensor, attention_mask: Tensor, n_completion: int, with_entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities (B, T) of the policy, and entropies (B, T) or None."""
+        return completion_logprobs(
+            self.policy,
+            input_ids,
+            attention_mask,
+            n_completion,
+            temperature=self.temperature,
+            keeps_logits=self.keeps_logits,
+            with_entropy=with_entropy,
+        )
+
+    def values(self, input_ids: Tensor, attention_mask: Tensor, n_completion: int) -> Tensor:
+        """(B, T + 1) in float32."""
+        raise NotImplementedError
+
+
+class SeparateModels(PolicyAndValue):
+    """A policy and a critic, `AutoModelForTokenClassification` with one label: a value for the text up to each token."""
+
+    def __init__(self, policy: PreTrainedModel, value_model: PreTrainedModel, temperature: float) -> None:
+        super().__init__(policy, temperature)
+        self.value_model = value_model
+
+    def parts(self) -> list[nn.Module]:
+        return [self.policy, self.value_model]
+
+    def is_saved_elsewhere(self, name: str) -> bool:
+        return name.startswith("value_model.")
+
+    def values(self, input_ids: Tensor, attention_mask: Tensor, n_completion: int) -> Tensor:
+        inputs = {"attention_mask": attention_mask, "position_ids": position_ids(attention_mask)}
+        logits = self.value_model(input_ids=input_ids, use_cache=False, **inputs).logits  # (B, P + T, 1)
+        return logits[:, -n_completion - 1 :, 0].float()
+
+    def save(self, folder: Path, state: dict[str, Tensor]) -> None:
+        """The policy into `folder` and the critic into `folder/value_model`, both as `save_pretrained` does."""
+        for model, name, target in (
+            (self.policy, POLICY_PREFIX, folder),
+            (self.value_model, "value_model.", folder / VALUE_FOLDER),
+        ):
+            own = {key.removeprefix(name): tensor for key, tensor in state.items() if key.startswith(name)}
+            model.save_pretrained(target, state_dict=own)
+
+
+class SharedBackbone(PolicyAndValue):
+    """One base model under LoRA: adapter `default` is the policy, adapter `value` with a linear head the critic."""
+
+    def __init__(self, policy: Any, peft_config: PeftConfig, temperature: float) -> None:
+        super().__init__(policy, temperature)
+        value_config = copy.deepcopy(peft_config)
+        policy.add_adapter(VALUE, value_config)
+        weight = policy.get_output_embeddings().weight
+        self.value_head = nn.Linear(policy.config.get_text_config().hidden_size, 1, bias=False, device=weight.device)
+        nn.init.zeros_(self.value_head.weight)  # every value is 0 before the first update
+        self._train_both()
+        self._trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def is_saved_elsewhere(self, name: str) -> bool:
+        return name not in self._trained
+
+    def _train_both(self) -> None:
+        # PEFT freezes an adapter that is not active
+        self.policy.set_requires_grad(["default", VALUE], True)
+
+    @contextmanager
+    def value_adapter(self) -> Iterator[None]:
+        self.policy.set_adapter(VALUE)
+        try:
+            yield
+        finally:
+            self.policy.set_adapter("default")
+            self._train_both()
+
+    def values(self, input_ids: Tensor, attention_mask: Tensor, n_completion: int) -> Tensor:
+        with self.value_adapter():
+            backbone = _base(self.policy).base_model
+            hidden = backbone(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids(attention_mask),
+                use_cache=False,
+            ).last_hidden_state  # (B, P + T, hidden)
+        return self.value_head(hidden[:, -n_completion - 1 :].float()).squeeze(-1)
+
+    def save(self, folder: Path, state: dict[str, Tensor]) -> None:
+        """The policy's adapter into `folder`; the critic's into `folder/value_model`, as one for token classification."""
+        from peft import get_peft_model_state_dict
+
+        own = {k.removeprefix(POLICY_PREFIX): v for k, v in state.items() if k.startswith(POLICY_PREFIX)}
+        self.policy.save_pretrained(folder, selected_adapters=["default"], state_dict=own)
+        adapter = get_peft_model_state_dict(self.policy, state_dict=own, adapter_name=VALUE)
+        adapter["base_model.model.score.weight"] = state["value_head.weight"]
+        config = copy.deepcopy(self.policy.peft_config[VALUE])
+        config.task_type, config.inference_mode = "TOKEN_CLS", True
+        config.modules_to_save = sorted({*(config.modules_to_save or ()), "score"})
+        target = folder / VALUE_FOLDER
+        config.save_pretrained(target)
+        save_file(
+            {k: v.contiguous() for k, v in adapter.items()}, target / "adapter_model.safetensors", {"format": "pt"}
+        )
+
+
+def completion_logprobs(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    n_completion: int,
+    *,
+    temperature: float,
+    keeps_logits: bool,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities (B, T) of the last T tokens under a causal language model, and entropies (B, T) or None.
+
+    The vocabulary is projected for the completion's positions alone where the model can (`logits_to_keep`).
+    """
+    more = {"logits_to_keep": n_completion + 1} if keeps_logits else {}
+    logits = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids(attention_mask),
+        use_cache=False,
+        **more,
+    ).logits[:, -n_completion - 1 : -1]  # (B, T, V)
+    tokens = input_ids[:, -n_completion:]
+    if with_entropy:
+        return selective_log_softmax_and_entropy(logits, tokens, temperature=temperature)
+    return selective_log_softmax(logits, tokens, temperature=temperature), None
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """(B, S) positions that count real tokens only, as `generate` gives them."""
+    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def _base(model: Any) -> Any:
+    """The transformers model inside PEFT's wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def _understand_checkpoint(module: PolicyAndValue, state: dict[str, Tensor], *args: Any) -> None:
+    """Before loading: give the policy's weights their prefix again, and note which ones are rightly missing."""
+    own = tuple(name for name, _ in module.named_children())
+    for key in [key for key in state if key.split(".")[0] not in own]:
+        state[POLICY_PREFIX + key] = state.pop(key)
+    weights = module.state_dict()
+    loaded = {weights[key].data_ptr() for key in state if key in weights}
+    module._keys_to_ignore_on_save = [
+        key
+        for key, weight in weights.items()
+        if key not in state and (weight.data_ptr() in loaded or module.is_saved_elsewhere(key))  # tied, or elsewhere
+    ]

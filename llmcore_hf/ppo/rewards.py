@@ -1,0 +1,184 @@
+"""Scoring completions: reward functions with TRL's signature, reward models, and what is wrong with what they return."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from trl import apply_chat_template, is_conversational
+
+from llmcore_hf.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Text = str | list[dict[str, Any]]  # plain text, or the turns of a conversation
+RewardFunc = Callable[..., Sequence[float | None]]
+OWN_ARGUMENTS = ("prompt", "completion", "completion_ids")  # columns that would collide with what every function gets
+
+
+class RewardError(UserError):
+    """A reward function failed or returned something that is no reward; says which function, batch and sample."""
+
+
+@dataclass
+class Batch:
+    """What reward functions see of a rollout of B completions.
+
+    Attributes:
+        prompts, completions: B texts each, conversational or plain as in the dataset.
+        completion_ids: B lists of token ids.
+        columns: the other columns of the dataset, B values each.
+        name: of the batch, for messages.
+    """
+
+    prompts: list[Text]
+    completions: list[Text]
+    completion_ids: list[list[int]]
+    columns: dict[str, list[Any]]
+    name: str
+
+
+@dataclass
+class Scorer:
+    """One reward function or reward model, with its weight and, for a model, its tokenizer."""
+
+    name: str
+    func: RewardFunc | nn.Module
+    weight: float
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    def __call__(self, batch: Batch, trainer_state: Any, batch_size: int) -> Tensor:
+        """(B,) rewards in float32; NaN where a function returned None because it has nothing to say.
+
+        Raises:
+            RewardError: the function raised, or returned the wrong number or kind of values.
+        """
+        if isinstance(self.func, nn.Module):
+            return self._ask_model(batch, batch_size)
+        try:
+            values = self.func(
+                prompts=batch.prompts,
+                completions=batch.completions,
+                completion_ids=batch.completion_ids,
+                trainer_state=trainer_state,
+                **batch.columns,
+            )
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+            raise RewardError(f"reward function `{self.name}` failed on {batch.name}: {what}") from error
+        return self._checked(values, batch)
+
+    def _checked(self, values: Any, batch: Batch) -> Tensor:
+        n = len(batch.prompts)
+        try:
+            values = values.tolist() if isinstance(values, Tensor) else list(values)
+        except TypeError:
+            raise RewardError(
+                f"reward function `{self.name}` returned {type(values).__name__} for {batch.name}: it must return a list of "
+                f"{n} numbers, one per completion"
+            ) from None
+        if len(values) != n:
+            raise RewardError(
+                f"reward function `{self.name}` returned {len(values)} values for the {n} completions of {batch.name}: it "
+                "must return one number per completion"
+            )
+        for i, value in enumerate(values):
+            if value is not None and not _is_finite_number(value):
+                raise RewardError(
+                    f"reward function `{self.name}` returned {value!r} for sample {i} of {batch.name}: a reward is a finite "
+                    f"number, or None where the function does not apply. {_shown(batch, i)}"
+                )
+        return torch.tensor([math.nan if value is None else float(value) for value in values], dtype=torch.float32)
+
+    @torch.no_grad()
+    def _ask_model(self, batch: Batch, batch_size: int) -> Tensor:
+        """First logit of the model for each prompt and completion, tokenized as TRL's RewardTrainer tokenizes them."""
+        assert isinstance(self.func, nn.Module) and self.tokenizer is not None
+        pairs: Any = zip(batch.prompts, batch.completions, strict=True)
+        texts = [prompt + completion for prompt, completion in pairs]  # two texts, or the turns of one conversation
+        if is_conversational({"prompt": batch.prompts[0]}):
+            texts = [apply_chat_template({"messages": turns}, self.tokenizer)["text"] for turns in texts]
+        ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # rows of similar length, so little padding
+        device = next(self.func.parameters()).device
+        scores = torch.empty(len(ids))
+        for start in range(0, len(ids), batch_size):
+            rows = order[start : start + batch_size]
+            inputs = self.tokenizer.pad(
+                {"input_ids": [ids[i] for i in rows]}, padding_side="right", return_tensors="pt"
+            ).to(device)
+            scores[rows] = self.func(**inputs).logits[:, 0].float().cpu()
+        if not scores.isfinite().all():
+            i = int((~scores.isfinite()).nonzero()[0])
+            raise RewardError(
+                f"reward model `{self.name}` gave {scores[i]} to sample {i} of {batch.name}. {_shown(batch, i)}"
+            )
+        return scores
+
+
+def _is_finite_number(value: Any) -> bool:
+    try:
+        return math.isfinite(float(value)) and not isinstance(value, str)
+    except (TypeError, ValueError):
+        return False
+
+
+def _shown(batch: Batch, i: int) -> str:
+    prompt, completion = (
+        text if isinstance(text, str) else text[-1].get("content") for text in (batch.prompts[i], batch.completions[i])
+    )
+    return f"Prompt: {prompt!r:.300}, completion: {completion!r:.300}"
+
+
+def make_scorers(
+    reward_funcs: Any, weights: list[float] | None, tokenizers: list[PreTrainedTokenizerBase | None] | None = None
+) -> list[Scorer]:
+    """Scorers of one reward function or several: callables, sequence classifiers, or ids and paths of such.
+
+    Raises:
+        ValueError: there is none, or the number of weights or tokenizers is another.
+    """
+    funcs = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    weights = weights if weights is not None else [1.0] * len(funcs)
+    tokenizers = tokenizers or [None] * len(funcs)
+    if not funcs or not len(funcs) == len(weights) == len(tokenizers):
+        raise ValueError(
+            f"{len(funcs)} reward functions, {len(weights)} reward_weights, {len(tokenizers)} reward_processing_classes: "
+            "there must be one of each, and at least one function"
+        )
+    return [_make_scorer(*parts) for parts in zip(funcs, weights, tokenizers, strict=True)]
+
+
+def _make_scorer(func: Any, weight: float, tokenizer: PreTrainedTokenizerBase | None) -> Scorer:
+    if isinstance(func, str):
+        func = AutoModelForSequenceClassification.from_pretrained(func, num_labels=1)
+    if not isinstance(func, nn.Module):
+        if not callable(func):
+            raise ValueError(f"a reward function is a callable, a sequence classifier or its path, not {func!r}")
+        return Scorer(getattr(func, "__name__", type(func).__name__), func, weight)
+    path = func.config.name_or_path
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(path)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    func.config.pad_token_id = tokenizer.pad_token_id  # the classifier finds the last token with it
+    func.eval().requires_grad_(False)
+    return Scorer(path.rstrip("/").split("/")[-1] or type(func).__name__, func, weight, tokenizer)
+
+
+def total(rewards: Tensor, weights: Tensor, batch: Batch) -> Tensor:
+    """(B,) weighted sum over the functions, (B, F) -> (B,); functions that returned None do not count.
+
+    Raises:
+        RewardError: no function had anything to say about a completion.
+    """
+    silent = rewards.isnan().all(1)
+    if silent.any():
+        i = int(silent.nonzero()[0])
+        raise RewardError(f"every reward function returned None for sample {i} of {batch.name}. {_shown(batch, i)}")
+    return (rewards * weights).nansum(1)

@@ -1,0 +1,618 @@
+"""`PPOTrainer`: proximal policy optimization of a causal language model, on transformers' Trainer.
+
+A rollout is generated when the Trainer fetches the first micro-batch of it; the optimizer steps on it are the Trainer's
+own. So logging, checkpoints, schedules, mixed precision and accelerate work as in every other trainer.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+from trl import is_conversational
+from trl.models import prepare_deepspeed, unwrap_model_for_generation
+from trl.trainer.utils import (
+    create_model_from_path,
+    disable_dropout_in_model,
+    identity,
+    print_prompt_completions_sample,
+)
+
+from llmcore_hf.ppo import losses
+from llmcore_hf.ppo.advantages import (
+    AdaptiveKLController,
+    FixedKLController,
+    gae,
+    kl_k1,
+    kl_k3,
+    masked_mean,
+    token_rewards,
+    whiten,
+)
+from llmcore_hf.ppo.config import PPOConfig
+from llmcore_hf.ppo.model import (
+    VALUE_FOLDER,
+    PolicyAndValue,
+    SeparateModels,
+    SharedBackbone,
+    completion_logprobs,
+)
+from llmcore_hf.ppo.rewards import OWN_ARGUMENTS, Batch, Text, make_scorers, total
+from llmcore_hf.ppo.rollout import Rollout, Sequences, generate
+from llmcore_hf.ppo.sampler import RolloutSampler
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftConfig
+    from transformers import PreTrainedTokenizerBase
+
+STATE_FILE = "ppo_state.json"  # what a resumed run needs besides what the Trainer saves
+CHECKPOINT_WEIGHTS = "model.safetensors"  # where the Trainer looks when it resumes
+
+
+class PPOTrainer(Trainer):
+    """Trainer for PPO with reward functions or reward models.
+
+    Args:
+        model: a causal language model, or its id or path.
+        reward_funcs: one or several of: a callable with TRL's signature
+            `f(prompts, completions, completion_ids, trainer_state, **columns) -> list[float | None]`; a sequence
+            classifier; the id or path of one. Their weighted sum is the score of a completion.
+        args: options.
+        train_dataset: has a column `prompt`, plain text or conversational; the other columns go to the functions.
+        eval_dataset: the same, for `evaluate`.
+        processing_class: tokenizer; that of the model when not given.
+        reward_processing_classes: tokenizers of reward models, one entry per reward function.
+        peft_config: trains LoRA adapters instead of all weights. With `args.share_backbone` the critic is a second
+            adapter on the same base weights, and the reference is the base itself.
+        value_model: critic, a token classifier with one label, or its id or path. When not given, it starts as a copy of
+            the policy's backbone with a head of zeros.
+        ref_model: reference of the KL penalty. When not given, the policy as it is at the start.
+
+    Source: Schulman et al. (2017) for the method, Ziegler et al. (2019) and Ouyang et al. (2022) for language models.
+    """
+
+    args: PPOConfig
+    model: PolicyAndValue
+    control: TrainerControl
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        reward_funcs: Any,
+        args: PPOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: list[PreTrainedTokenizerBase | None] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: PeftConfig | None = None,
+        value_model: str | PreTrainedModel | None = None,
+        ref_model: PreTrainedModel | None = None,
+    ) -> None:
+        args = args or PPOConfig("trainer_output")
+        set_seed(args.seed)  # adapters draw their weights before the Trainer seeds
+        for name, dataset in _datasets(train_dataset, eval_dataset):
+            _check_columns(name, dataset)
+        if args.n_gpu > 1:
+            raise ValueError("one process drives one GPU here: start with `accelerate launch`")
+        if isinstance(model, str):
+            options = args.model_init_kwargs
+            model = create_model_from_path(model, **(options if isinstance(options, dict) else {}))
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(model.config.name_or_path, padding_side="left")
+        if processing_class.pad_token_id is None:
+            raise ValueError(
+                "the tokenizer has no padding token: set one that is not the end token, or the policy never learns to stop"
+            )
+        self.scorers = make_scorers(reward_funcs, args.reward_weights, reward_processing_classes)
+        self.ref_model = _reference(model, ref_model, peft_config, args)
+        both = _policy_and_value(model, value_model, peft_config, args)
+        if args.disable_dropout:
+            disable_dropout_in_model(both)
+        # the new steps on a rollout wait for its first micro-batch, which the sampler makes known
+        super().__init__(
+            model=both,
+            args=args,
+            data_collator=identity,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.loss_is_scaled_for_ga = True  # `compute_loss` divides by the tokens of the whole mini-batch
+        if self.ref_model is not None:
+            self.ref_model = self._prepare_frozen(self.ref_model)
+        for scorer in self.scorers:
+            if isinstance(scorer.func, nn.Module):
+                scorer.func = self._prepare_frozen(scorer.func)
+        if args.kl_target is None:
+            self.kl_controller = FixedKLController(args.kl_coef)
+        else:
+            self.kl_controller = AdaptiveKLController(args.kl_coef, args.kl_target, args.kl_horizon)
+        self.sampling = self._generation_config(do_sample=True)
+        self.greedy = self._generation_config(do_sample=False)
+        self._sampler: RolloutSampler | None = None
+        self._updates: Iterator[dict[str, Any] | None] = iter(())
+        self._averages: dict[str, list[Tensor | float]] = defaultdict(list)
+        self._step_kl: list[Tensor] = []  # of the micro-batches since the last look at `target_kl`
+        self._table: dict[str, Any] = {}
+        self._began, self._episodes = time.perf_counter(), 0
+        self.add_callback(_StateCallback(self))
+
+    # ------------------------------------------------------------ set-up
+
+    def _prepare_frozen(self, model: nn.Module) -> Any:
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(model, self.accelerator)
+        return self.accelerator.prepare_model(model, evaluation_mode=True)
+
+    def _generation_config(self, do_sample: bool) -> GenerationConfig:
+        own = self.model.generation_config.eos_token_id
+        ends = [own] if isinstance(own, int) else list(own or [])
+        ends = list(dict.fromkeys([*ends, self.processing_class.eos_token_id]))
+        how: dict[str, Any] = {"do_sample": False}
+        if do_sample:
+            how = {
+                "do_sample": True,
+                "temperature": self.args.temperature,
+                "top_k": self.args.top_k,
+                "top_p": self.args.top_p,
+            }
+        return GenerationConfig(
+            max_new_tokens=self.args.max_completion_length,
+            pad_token_id=self.processing_class.pad_token_id,
+            eos_token_id=[end for end in ends if end is not None],
+            **how,
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of prompts for whole rollouts; see `RolloutSampler`."""
+        args = self.args
+        self._sampler = RolloutSampler(
+            len(self.train_dataset),
+            args.rollout_size,
+            micro_batches=args.steps_per_rollout * args.gradient_accumulation_steps,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            rank=args.process_index,
+            world_size=args.world_size,
+        )
+        return DataLoader(self.train_dataset, batch_sampler=self._sampler, collate_fn=identity)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train; `resume_from_checkpoint` as in the Trainer. Critic and KL coefficient come back as well."""
+        found = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        if found:
+            self._load_state(Path(found))
+        self._began, self._episodes = time.perf_counter(), 0
+        return super().train(resume_from_checkpoint=found or None, **kwargs)
+
+    # ------------------------------------------------------------ one optimizer step
+
+    def training_step(self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Any = None) -> Tensor:
+        """One micro-batch. The first of a rollout brings the prompts, which are answered before it is trained on."""
+        if inputs:
+            self._updates = self._micro_batches(self.make_rollout(inputs))
+        micro_batch = next(self._updates)
+        if micro_batch is None:  # `target_kl` is reached: without gradients the optimizer changes nothing
+            return torch.zeros((), device=self.accelerator.device)
+        return super().training_step(model, micro_batch, num_items_in_batch)
+
+    def _micro_batches(self, rollout: Rollout) -> Iterator[dict[str, Any] | None]:
+        """Micro-batches of all epochs on a rollout, None for those after `target_kl` is reached."""
+        args, mask = self.args, rollout.sequences.mask
+        self._step_kl = []
+        stopped, first = False, True
+        for _ in range(args.num_ppo_epochs):
+            for rows in torch.randperm(len(mask)).to(mask.device).chunk(args.num_mini_batches):
+                stopped = stopped or self._has_moved_too_far()
+                n_tokens = self._sum(mask[rows].sum())
+                for part in rollout.sequences.by_length(rows, args.per_device_train_batch_size):
+                    yield None if stopped else {**rollout.select(part), "n_tokens": n_tokens, "first": first}
+                first = False
+
+    def _has_moved_too_far(self) -> bool:
+        if self.args.target_kl is None or not self._step_kl:
+            return False
+        kl = self._sum(torch.stack(self._step_kl).sum())
+        self._step_kl = []
+        return bool(kl > self.args.target_kl)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Policy, value and entropy loss of a micro-batch, as its part of the mean over the tokens of the mini-batch."""
+        args, mask = self.args, inputs["mask"]
+        logprobs, entropies, values = model(
+            inputs["input_ids"],
+            inputs["attention_mask"],
+            inputs["n_completion"],
+            with_entropy=args.entropy_coef > 0,
+        )
+
+        def mean(per_token: Tensor) -> Tensor:
+            return torch.where(mask > 0, per_token, 0.0).sum() / inputs["n_tokens"]
+
+        pg, pg_clipped = losses.policy_loss(logprobs, inputs["old_logprobs"], inputs["advantages"], args.cliprange)
+        vf, vf_clipped = losses.value_loss(
+            values[:, :-1], inputs["old_values"], inputs["returns"], args.cliprange_value
+        )
+        loss = mean(pg) + args.vf_coef * mean(vf)
+        if entropies is not None:
+            loss = loss - args.entropy_coef * mean(entropies)
+        with torch.no_grad():
+            kl = losses.approx_kl(logprobs, inputs["old_logprobs"])
+            ratio = torch.exp(logprobs - inputs["old_logprobs"])
+            self._step_kl.append(mean(kl))
+            parts = {
+                "loss/policy_avg": pg,
+                "loss/value_avg": vf,
+                "policy/approxkl_avg": kl,
+                "policy/clipfrac_avg": pg_clipped.float(),
+                "val/clipfrac_avg": vf_clipped.float(),
+                "val/ratio": ratio,
+            }
+            for name, per_token in parts.items():
+                self._averages[name].append(mean(per_token))
+            if inputs["first"]:
+                off = torch.where(mask > 0, (ratio - 1).abs(), 0.0).max()
+                self._averages["val/first_ratio_off"].append(off)
+        # DDP and DeepSpeed average over processes what is a sum of parts here
+        return loss * args.world_size
+
+    # ------------------------------------------------------------ rollout
+
+    @torch.no_grad()
+    def make_rollout(self, rows: list[dict[str, Any]]) -> Rollout:
+        """Answer the prompts of `rows`, score the answers, and compute what the update needs."""
+        args = self.args
+        self.model.eval()
+        batch, prompt_ids = self.complete(rows, self.sampling, f"the rollout before step {self.state.global_step + 1}")
+        scores = self.score(batch)  # (B, F)
+        score = self._total(scores, batch)  # (B,)
+        sequences = Sequences.of(
+            prompt_ids, batch.completion_ids, self.processing_class.pad_token_id, self.accelerator.device
+        )
+        mask = sequences.mask
+        logprobs, entropies, ref_logprobs, values = self._forward(sequences)
+        ended = torch.tensor(
+            [ids[-1] in self.sampling.eos_token_id for ids in batch.completion_ids], device=mask.device
+        )
+        adjusted, bootstrap = self._at_the_end(score, ended, values.gather(1, mask.sum(1, keepdim=True)).squeeze(1))
+        values = values[:, :-1] * mask
+
+        kl = kl_k1(logprobs, ref_logprobs) * mask
+        rewards = token_rewards(adjusted, kl, self.kl_controller.value, mask)
+        if args.whiten_rewards:
+            rewards = whiten(rewards, mask, shift_mean=False, reduce=self._sum)
+        advantages = gae(rewards, values, mask, bootstrap, args.gamma, args.lam)
+        returns = advantages + values
+        self._log_rollout(scores, score, adjusted, ended, mask, logprobs, entropies, ref_logprobs, kl, values, returns)
+        if args.whiten_advantages:
+            advantages = whiten(advantages, mask, reduce=self._sum)
+        self._table = {"batch": batch, "scores": scores, "advantages": advantages, "mask": mask}
+        return Rollout(sequences, logprobs, values, advantages, returns)
+
+    def complete(
+        self, rows: list[dict[str, Any]], config: GenerationConfig, name: str
+    ) -> tuple[Batch, list[list[int]]]:
+        """Answers of the policy to the prompts of `rows`, and the prompts as tokens."""
+        prompts: list[Text] = [row["prompt"] for row in rows]
+        tokenizer = self.processing_class
+        conversational = is_conversational({"prompt": prompts[0]})
+        if conversational:
+            prompt_ids = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)[
+                "input_ids"
+            ]
+        else:
+            prompt_ids = tokenizer(prompts)["input_ids"]
+        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
+            size = self.args.local_rollout_forward_batch_size
+            completion_ids = generate(model.policy, prompt_ids, config, size, self.accelerator.device)
+        texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        completions = [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts
+        columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
+        return Batch(prompts, completions, completion_ids, columns, name), prompt_ids
+
+    def score(self, batch: Batch) -> Tensor:
+        """(B, F) rewards, one column per reward function; NaN where a function does not apply."""
+        size = self.args.local_rollout_forward_batch_size
+        columns = [scorer(batch, self.state, size) for scorer in self.scorers]
+        return torch.stack(columns, dim=1).to(self.accelerator.device)
+
+    def _total(self, scores: Tensor, batch: Batch) -> Tensor:
+        weights = torch.tensor([scorer.weight for scorer in self.scorers], device=scores.device)
+        return total(scores, weights, batch)
+
+    def _at_the_end(self, score: Tensor, ended: Tensor, last_values: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,) reward on the last token and (B,) value of what would follow, by `truncated_completions`."""
+        zero = torch.zeros_like(score)
+        if self.args.truncated_completions == "bootstrap":
+            return torch.where(ended, score, zero), torch.where(ended, zero, last_values)
+        if self.args.truncated_completions == "penalty":
+            score = torch.where(ended, score, score - self.args.missing_eos_penalty)
+        return score, zero
+
+    def _forward(self, sequences: Sequences) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Log-probabilities, entropies and reference log-probabilities (B, T), and values (B, T + 1); 0 on padding."""
+        n, t = sequences.mask.shape
+        device = sequences.mask.device
+        logprobs, entropies, ref_logprobs = (torch.zeros(n, t, device=device) for _ in range(3))
+        values = torch.zeros(n, t + 1, device=device)
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        with self.compute_loss_context_manager():
+            for rows in sequences.by_length(torch.arange(n, device=device), self.args.local_rollout_forward_batch_size):
+                inputs, own = sequences.select(rows)
+                mask = sequences.mask[rows, :own]
+                found, entropy = model.logprobs(**inputs, with_entropy=True)
+                logprobs[rows, :own] = found.float() * mask
+                entropies[rows, :own] = entropy.float() * mask
+                values[rows, : own + 1] = model.values(**inputs)
+                if self.kl_controller.value:
+                    ref_logprobs[rows, :own] = self._ref_logprobs(model, inputs).float() * mask
+        if not self.kl_controller.value:
+            ref_logprobs = logprobs
+        return logprobs, entropies, ref_logprobs, values
+
+    def _ref_logprobs(self, model: PolicyAndValue, inputs: dict[str, Any]) -> Tensor:
+        how: dict[str, Any] = {"temperature": model.temperature, "keeps_logits": model.keeps_logits}
+        if self.ref_model is not None:
+            return completion_logprobs(self.ref_model, **inputs, **how)[0]
+        with model.policy.disable_adapter():
+            return completion_logprobs(model.policy, **inputs, **how)[0]
+
+    # ------------------------------------------------------------ evaluation
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Mean reward of greedy and of sampled answers to held-out prompts; draws from a generator of its own."""
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if isinstance(dataset, dict):
+            parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
+            return {key: value for part in parts for key, value in part.items()}
+        began = time.perf_counter()
+        rows = list(dataset)[self.args.process_index :: self.args.world_size]
+        metrics: dict[str, float] = {}
+        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(self.args.seed + self.args.process_index)
+            for prefix, config in (("", self.greedy), ("sampled_", self.sampling)):
+                metrics |= {f"{metric_key_prefix}_{prefix}{k}": v for k, v in self._measure(rows, config).items()}
+        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - began
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def _measure(self, rows: list[dict[str, Any]], config: GenerationConfig) -> dict[str, float]:
+        self.model.eval()
+        names = ["reward", *(f"rewards/{scorer.name}" for scorer in self.scorers)]
+        names += ["completions/mean_length", "completions/eos_rate"]
+        sums = torch.zeros(len(names), 2, device=self.accelerator.device)  # of values, and how many
+        if rows:
+            batch, _ = self.complete(rows, config, "the evaluation")
+            scores = self.score(batch)
+            lengths = torch.tensor([len(ids) for ids in batch.completion_ids], device=scores.device)
+            ended = torch.tensor([ids[-1] in config.eos_token_id for ids in batch.completion_ids], device=scores.device)
+            columns = [self._total(scores, batch), *scores.T, lengths.float(), ended.float()]
+            sums = torch.stack([torch.stack([c.nansum(), (~c.isnan()).sum()]) for c in columns])
+        totals, counts = self._sum(sums).T
+        return {name: float(a / n) for name, a, n in zip(names, totals.tolist(), counts.tolist(), strict=True) if n}
+
+    # ------------------------------------------------------------ logging
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        """The tensor summed over all processes."""
+        return self.accelerator.reduce(tensor, reduction="sum") if self.args.world_size > 1 else tensor
+
+    def _log_rollout(
+        self,
+        scores: Tensor,
+        score: Tensor,
+        adjusted: Tensor,
+        ended: Tensor,
+        mask: Tensor,
+        logprobs: Tensor,
+        entropies: Tensor,
+        ref_logprobs: Tensor,
+        kl: Tensor,
+        values: Tensor,
+        returns: Tensor,
+    ) -> None:
+        """Means over the completions of all processes, under TRL's names."""
+        coef = self.kl_controller.value
+        per_completion = {
+            "objective/kl": kl.sum(1),
+            "objective/kl_k3": (kl_k3(logprobs, ref_logprobs) * mask).sum(1),
+            "objective/entropy": -logprobs.sum(1),
+            "objective/non_score_reward": -coef * kl.sum(1),
+            "objective/rlhf_reward": adjusted - coef * kl.sum(1),
+            "objective/scores": score,
+            "completions/mean_length": mask.sum(1).float(),
+            "completions/eos_rate": ended.float(),
+        }
+        for scorer, column in zip(self.scorers, scores.T, strict=True):
+            per_completion[f"rewards/{scorer.name}/mean"] = column
+        stacked = torch.stack(list(per_completion.values()))  # (names, B)
+        sums = self._sum(torch.stack([stacked.nansum(1), (~stacked.isnan()).sum(1)]))
+        means = dict(zip(per_completion, (sums[0] / sums[1]).tolist(), strict=True))
+        n = len(mask) * self.args.world_size
+        self._episodes += n
+        means["policy/entropy_avg"] = float(masked_mean(entropies, mask, self._sum))
+        means["val/num_eos_tokens"] = means["completions/eos_rate"] * n
+        means["val/explained_variance"] = float(losses.explained_variance(values, returns, mask))
+        means["objective/kl_coef"] = coef
+        for name, value in means.items():
+            self._averages[f"rollout {name}"].append(value)
+        self.kl_controller.update(means["objective/kl"], n)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the averages since the last row, and in training the speed, to what the Trainer logs."""
+        if "loss" in logs:
+            logs = {**logs, **self._take_averages()}
+            logs["episode"] = self._episodes
+            logs["eps"] = self._episodes / (time.perf_counter() - self._began)
+            if self.args.log_completions and self._table:
+                self._print_table()
+        super().log(logs, start_time)
+
+    def _take_averages(self) -> dict[str, float]:
+        averages, self._averages = self._averages, defaultdict(list)
+        rows = {}
+        for name, values in averages.items():
+            if name.startswith("rollout "):
+                rows[name.removeprefix("rollout ")] = sum(values) / len(values)
+            else:
+                rows[name] = self._average_of_steps(name, torch.stack(values))
+        return rows
+
+    def _average_of_steps(self, name: str, parts: Tensor) -> float:
+        """Parts of means over mini-batches are summed over micro-batches and processes; the ratio's is a maximum."""
+        if name == "val/first_ratio_off":
+            return float(self.accelerator.gather(parts.max().reshape(1)).max())
+        steps = len(parts) / self.args.gradient_accumulation_steps
+        return float(self._sum(parts.sum()) / steps)
+
+    def _print_table(self) -> None:
+        batch, mask = self._table["batch"], self._table["mask"]
+        if not self.is_world_process_zero():
+            return
+        rewards = {s.name: column.tolist() for s, column in zip(self.scorers, self._table["scores"].T, strict=True)}
+        advantages = (self._table["advantages"].sum(1) / mask.sum(1)).tolist()
+        print_prompt_completions_sample(
+            batch.prompts,
+            batch.completions,
+            rewards,
+            advantages,
+            self.state.global_step,
+            self.args.num_completions_to_print,
+        )
+
+    # ------------------------------------------------------------ saving
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The policy into `output_dir`, the critic into `output_dir/value_model`; both load with `from_pretrained`."""
+        folder = Path(output_dir or self.args.output_dir)
+        state = self.accelerator.get_state_dict(self.model_wrapped)
+        if not self.args.should_save:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self.accelerator.unwrap_model(self.model_wrapped).save(folder, state)
+        self.processing_class.save_pretrained(folder)
+        if _internal_call and isinstance(self.model, SharedBackbone):
+            own = {k: v.contiguous() for k, v in state.items() if not self.model.is_saved_elsewhere(k)}
+            save_file(own, folder / CHECKPOINT_WEIGHTS, {"format": "pt"})
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
+
+    def _load_state(self, checkpoint: Path) -> None:
+        """What the Trainer does not bring back by itself: the critic's weights and the KL coefficient."""
+        if isinstance(self.model, SeparateModels) and not self.is_deepspeed_enabled:
+            weights = load_file(checkpoint / VALUE_FOLDER / CHECKPOINT_WEIGHTS)
+            self.model.value_model.load_state_dict(weights, strict=False)
+        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        self.kl_controller.value = state["kl_coef"]
+
+
+class _StateCallback(TrainerCallback):
+    """Tells the sampler which epoch begins, and saves what the Trainer does not know about."""
+
+    def __init__(self, trainer: PPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.trainer._sampler is not None
+        self.trainer._sampler.epoch = int(state.epoch or 0)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.should_save:
+            file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE
+            file.write_text(json.dumps({"kl_coef": self.trainer.kl_controller.value}), encoding="utf-8")
+
+
+def _datasets(train: Any, evaluation: Any) -> Iterator[tuple[str, Any]]:
+    if train is not None:
+        yield "train_dataset", train
+    parts = evaluation if isinstance(evaluation, dict) else {"": evaluation}
+    for name, part in parts.items():
+        if part is not None:
+            yield f"eval_dataset {name}".strip(), part
+
+
+def _check_columns(name: str, dataset: Any) -> None:
+    columns = getattr(dataset, "column_names", None)
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(f"{name} is a stream: PPO needs a dataset that knows its length")
+    if len(dataset) == 0:
+        raise ValueError(f"{name} has no rows")
+    if columns is not None and "prompt" not in columns:
+        raise ValueError(f"{name} has no column `prompt`; it has: {', '.join(columns)}")
+    if taken := sorted(set(columns or ()) & {*OWN_ARGUMENTS[1:], "prompts", "completions", "trainer_state"}):
+        raise ValueError(f"{name}: rename column {', '.join(taken)}: reward functions get an argument of that name")
+
+
+def _reference(model: Any, ref_model: Any, peft_config: Any, args: PPOConfig) -> Any:
+    """A frozen model, or None where it is not needed or is the policy's base itself."""
+    if args.kl_coef == 0 or (ref_model is None and (peft_config is not None or hasattr(model, "peft_config"))):
+        return None
+    return (ref_model if ref_model is not None else copy.deepcopy(model)).eval().requires_grad_(False)
+
+
+def _policy_and_value(model: Any, value_model: Any, peft_config: Any, args: PPOConfig) -> PolicyAndValue:
+    if isinstance(value_model, str):
+        value_model = AutoModelForTokenClassification.from_pretrained(value_model, num_labels=1)
+    if peft_config is None:
+        return SeparateModels(model, value_model or _copy_as_critic(model), args.temperature)
+    from peft import get_peft_model
+
+    if args.share_backbone and value_model is None:
+        if args.activation_checkpointing:
+            raise ValueError(
+                "activation_checkpointing computes layers again with the wrong adapter when policy and critic share a "
+                "backbone: turn it off, or set share_backbone=False"
+            )
+        return SharedBackbone(get_peft_model(model, copy.deepcopy(peft_config)), peft_config, args.temperature)
+    critic = value_model or _copy_as_critic(model)
+    config = copy.deepcopy(peft_config)
+    config.task_type = "TOKEN_CLS"
+    return SeparateModels(
+        get_peft_model(model, copy.deepcopy(peft_config)), get_peft_model(critic, config), args.temperature
+    )
+
+
+def _copy_as_critic(policy: PreTrainedModel) -> PreTrainedModel:
+    """A token classifier on a copy of the policy's backbone; its head is 0, so every value is 0 before the first update."""
+    config = copy.deepcopy(policy.config)
+    config.num_labels = 1
+    critic = AutoModelForTokenClassification.from_config(config, dtype=policy.dtype).to(policy.device)
+    critic.base_model.load_state_dict(policy.base_model.state_dict())
+    head = critic.score if hasattr(critic, "score") else critic.classifier
+    for parameter in head.parameters():
+        nn.init.zeros_(parameter)
+    return critic

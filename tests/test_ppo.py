@@ -1,0 +1,378 @@
+"""The PPO trainer: its parts against independent references, the closed-form optimum, exact resume, LoRA on one backbone."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from llmcore_hf.models import tiny
+from llmcore_hf.ppo import PPOConfig, PPOTrainer, advantages, losses, rewards, rollout
+from llmcore_hf.ppo.sampler import RolloutSampler
+
+slow = pytest.mark.slow
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::FutureWarning")]
+
+# ---------------------------------------------------------------- pure functions
+
+
+def batch(seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([1, 4, 6, 3])
+    mask = (torch.arange(6) < lengths.unsqueeze(1)).double()
+    names = ("rewards", "values", "logprobs", "old", "ref", "advantages", "returns")
+    return {n: torch.randn(4, 6, dtype=torch.float64, generator=generator) for n in names} | {"mask": mask}
+
+
+def test_gae_equals_the_loop_and_padding_never_leaks() -> None:
+    b, gamma, lam = batch(), 0.9, 0.8
+    bootstrap = torch.tensor([0.0, 0.7, 0.0, -0.3], dtype=torch.float64)
+    found = advantages.gae(b["rewards"], b["values"], b["mask"], bootstrap, gamma, lam)
+    for i in range(4):
+        n, running, following = int(b["mask"][i].sum()), 0.0, float(bootstrap[i])
+        for t in reversed(range(n)):
+            delta = float(b["rewards"][i, t]) + gamma * following - float(b["values"][i, t])
+            running, following = delta + gamma * lam * running, float(b["values"][i, t])
+            assert float(found[i, t]) == pytest.approx(running, abs=1e-12)
+    noise = torch.where(b["mask"] > 0, 0.0, torch.nan)
+    again = advantages.gae(b["rewards"] + noise, b["values"] + noise, b["mask"], bootstrap, gamma, lam)
+    assert torch.equal(again.nan_to_num(99) * b["mask"], found)
+
+
+def test_lambda_1_is_monte_carlo_minus_the_value() -> None:
+    b = batch()
+    found = advantages.gae(b["rewards"], b["values"], b["mask"], torch.zeros(4).double(), 1.0, 1.0)
+    to_go = (b["rewards"] * b["mask"]).flip(1).cumsum(1).flip(1)
+    assert torch.allclose(found, (to_go - b["values"]) * b["mask"])
+
+
+def test_the_score_stands_on_the_last_token() -> None:
+    b = batch()
+    kl = b["logprobs"] - b["ref"]
+    found = advantages.token_rewards(torch.tensor([1.0, 2.0, 3.0, 4.0]).double(), kl, 0.1, b["mask"])
+    expected = -0.1 * kl * b["mask"]
+    for i, n in enumerate(b["mask"].sum(1).long().tolist()):
+        expected[i, n - 1] += i + 1
+    assert torch.allclose(found, expected)
+
+
+def test_kl_estimators_have_the_right_mean() -> None:
+    """Over all tokens of a small vocabulary, both average to the exact KL."""
+    p, q = (torch.randn(9, dtype=torch.float64).log_softmax(0) for _ in range(2))
+    exact = (p.exp() * (p - q)).sum()
+    for estimator in (advantages.kl_k1, advantages.kl_k3):
+        assert (p.exp() * estimator(p, q)).sum() == pytest.approx(float(exact))
+    assert (advantages.kl_k3(p, q) >= 0).all()
+
+
+def test_whitening_is_over_the_mask() -> None:
+    b = batch()
+    white = advantages.whiten(b["values"], b["mask"])[b["mask"] > 0]
+    assert float(white.mean()) == pytest.approx(0, abs=1e-9) and float(white.std()) == pytest.approx(1, abs=1e-6)
+    kept = advantages.whiten(b["values"], b["mask"], shift_mean=False)[b["mask"] > 0]
+    assert float(kept.mean()) == pytest.approx(float(b["values"][b["mask"] > 0].mean()))
+    one = torch.tensor([[1.0, 0.0]])
+    assert advantages.whiten(torch.tensor([[3.0, 9.0]]), one).tolist() == [[0.0, 0.0]]
+
+
+def test_losses_have_the_gradient_of_their_formula() -> None:
+    b, eps = batch(), 0.2
+    for sign in (-1.0, 1.0):
+        a = sign * b["advantages"].abs()
+        logprobs = b["logprobs"].clone().requires_grad_()
+        loss, clipped = losses.policy_loss(logprobs, b["old"], a, eps)
+        (gradient,) = torch.autograd.grad(loss.sum(), logprobs)
+        ratio = (b["logprobs"] - b["old"]).exp()
+        outside = (ratio > 1 + eps) if sign > 0 else (ratio < 1 - eps)
+        assert torch.equal(clipped, outside)
+        assert torch.allclose(gradient, torch.where(outside, 0.0, -a * ratio))
+    values = b["values"].clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda v: losses.value_loss(v, b["old"], b["returns"], eps)[0].sum(), values)
+    far, _ = losses.value_loss(torch.tensor(5.0), torch.tensor(0.0), torch.tensor(0.0), 0.2)
+    assert float(far) == 12.5  # the larger of both errors
+
+
+def test_explained_variance() -> None:
+    b = batch()
+    assert float(losses.explained_variance(b["returns"], b["returns"], b["mask"])) == 1
+    constant = torch.full_like(b["returns"], 7.0)
+    assert float(losses.explained_variance(constant, b["returns"], b["mask"])) == pytest.approx(0, abs=1e-9)
+
+
+def test_the_kl_coefficient_follows_its_target() -> None:
+    controller = advantages.AdaptiveKLController(0.1, target=2.0, horizon=100)
+    controller.update(10.0, 50)
+    assert controller.value == pytest.approx(0.1 * 1.1)
+    controller.update(1.9, 100)
+    assert controller.value == pytest.approx(0.1 * 1.1 * 0.95)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_every_prompt_comes_once_per_epoch(world_size: int) -> None:
+    samplers = [RolloutSampler(10, 3, 4, seed=1, rank=r, world_size=world_size) for r in range(world_size)]
+    batches = [list(sampler) for sampler in samplers]
+    assert all(len(found) == len(sampler) for found, sampler in zip(batches, samplers, strict=True))
+    rows = [row for found in zip(*batches, strict=True) for part in found for row in part]
+    assert set(rows) == set(range(10)) and len(rows) == 12 and max(map(rows.count, rows)) == 2
+    assert sorted(rows) != rows
+    assert [len(part) for part in batches[0][:5]] == [3, 0, 0, 0, 3]
+    samplers[0].epoch = 1
+    assert list(samplers[0]) != batches[0]
+
+
+# ---------------------------------------------------------------- rewards
+
+
+def some_batch() -> rewards.Batch:
+    return rewards.Batch(["p0", "p1"], ["c0", "c1"], [[1], [2]], {"answer": ["a", "b"]}, "the rollout before step 1")
+
+
+def test_reward_functions_get_what_trls_get() -> None:
+    seen: dict[str, Any] = {}
+
+    def func(prompts, completions, completion_ids, trainer_state, answer, **kwargs):
+        seen.update(prompts=prompts, completions=completions, ids=completion_ids, state=trainer_state, answer=answer)
+        return [1, None]
+
+    (scorer,) = rewards.make_scorers(func, [2.0])
+    found = scorer(some_batch(), "state", 8)
+    assert found[0] == 1 and found[1].isnan()
+    assert seen == {
+        "prompts": ["p0", "p1"],
+        "completions": ["c0", "c1"],
+        "ids": [[1], [2]],
+        "state": "state",
+        "answer": ["a", "b"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        ([1.0], "returned 1 values for the 2 completions"),
+        ([1.0, math.nan], "returned nan for sample 1"),
+        ([1.0, math.inf], "returned inf for sample 1"),
+        (["good", 1.0], "returned 'good' for sample 0"),
+        (3.0, "returned float"),
+    ],
+)
+def test_a_wrong_reward_names_function_batch_and_sample(returned: Any, words: str) -> None:
+    def my_reward(**kwargs):
+        return returned
+
+    (scorer,) = rewards.make_scorers(my_reward, None)
+    with pytest.raises(rewards.RewardError, match="my_reward") as caught:
+        scorer(some_batch(), None, 8)
+    assert words in str(caught.value) and "the rollout before step 1" in str(caught.value)
+
+
+def test_a_reward_that_raises_is_named() -> None:
+    def broken(**kwargs):
+        raise KeyError("answer")
+
+    with pytest.raises(rewards.RewardError, match=r"`broken` failed on the rollout before step 1: KeyError: 'answer'"):
+        rewards.make_scorers(broken, None)[0](some_batch(), None, 8)
+
+
+def test_no_function_has_anything_to_say() -> None:
+    with pytest.raises(rewards.RewardError, match="every reward function returned None for sample 1"):
+        rewards.total(torch.tensor([[1.0, math.nan], [math.nan, math.nan]]), torch.ones(2), some_batch())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_ppo_epochs": 0}, "num_ppo_epochs must be at least 1"),
+        ({"temperature": 0.0}, "temperature must be greater than 0"),
+        ({"gamma": 1.1}, "gamma must lie in"),
+        ({"save_steps": 6, "save_strategy": "steps"}, "multiple of num_ppo_epochs"),
+        ({"kl_target": 1.0, "kl_coef": 0.0}, "kl_target needs"),
+        ({"total_episodes": 10, "max_steps": 5}, "exclude each other"),
+        ({"truncated_completions": "cut"}, "must be one of"),
+    ],
+)
+def test_impossible_options_are_named(tmp_path: Path, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        PPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", **options)
+
+
+# ---------------------------------------------------------------- the trainer
+
+V, CONTEXTS = 16, 4
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocab = {f"t{i}": i for i in range(V - 2)} | {"<pad>": V - 2, "<eos>": V - 1}
+    words = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+
+
+def policy(seed: int, layers: int = 1) -> Qwen3ForCausalLM:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": layers, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    ends = {"pad_token_id": V - 2, "eos_token_id": V - 1, "bos_token_id": None}
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=V, max_position_embeddings=64, **sizes, **heads, **ends))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(8)
+    return model.eval()
+
+
+def config(folder: Path, **options: Any) -> PPOConfig:
+    quiet = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+    return PPOConfig(str(folder), **{**quiet, "lr_scheduler_type": "constant", "logging_steps": 4, **options})
+
+
+@slow
+@pytest.mark.parametrize("beta", [0.1, 0.2])
+def test_one_token_completions_reach_the_closed_form(tmp_path: Path, beta: float) -> None:
+    """pi*(y|x) is proportional to pi_ref(y|x) exp(r(x, y) / beta). Seen with seed 0: TV 0.70 -> 0.001."""
+    tok, model = tokenizer(), policy(0)
+    ids = tok([f"t{i}" for i in range(CONTEXTS)], return_tensors="pt")["input_ids"]
+
+    def probabilities(model: Any) -> Tensor:
+        with torch.no_grad():
+            return model(ids).logits[:, -1].double().softmax(-1)
+
+    table = torch.rand(CONTEXTS, V, generator=torch.Generator().manual_seed(100)).double()
+    reference = probabilities(model)
+    optimum = reference * torch.exp(table / beta)
+    optimum /= optimum.sum(-1, keepdim=True)
+
+    def reward(prompts, completion_ids, **kwargs):
+        return [float(table[int(p[1:]), c[0]]) for p, c in zip(prompts, completion_ids, strict=True)]
+
+    options = {"max_completion_length": 1, "kl_coef": beta, "whiten_advantages": False, "vf_coef": 0.5, "lam": 1.0}
+    more = {"truncated_completions": "score", "cliprange_value": 10.0, "num_ppo_epochs": 2, "max_steps": 300}
+    args = config(
+        tmp_path, per_device_train_batch_size=256, learning_rate=1e-2, lr_scheduler_type="linear", **options, **more
+    )
+    prompts = Dataset.from_dict({"prompt": [f"t{i % CONTEXTS}" for i in range(256)]})
+    trainer = PPOTrainer(model, reward, args, prompts, processing_class=tok)
+    trainer.train()
+
+    def distance(p: Tensor) -> float:
+        return float((0.5 * (p - optimum).abs().sum(-1)).max())
+
+    assert distance(reference) > 0.3
+    assert distance(probabilities(trainer.model.policy)) < 0.05
+
+
+def digits(n: int, seed: int) -> Dataset:
+    from llmcore_hf.data import toy
+
+    rows = toy.questions("train", n + 50 * seed)[-n:]
+    return Dataset.from_list(
+        [{"prompt": [{"role": "user", "content": p}], "answer": toy.ascending(d)} for p, d in rows]
+    )
+
+
+def correct(prompts, completions, answer, **kwargs):
+    return [float(c[0]["content"].strip() == a) for c, a in zip(completions, answer, strict=True)]
+
+
+def lora() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def small_trainer(folder: Path, peft: Any = None, **options: Any) -> PPOTrainer:
+    sizes = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2, "num_mini_batches": 2}
+    rates = {
+        "num_ppo_epochs": 2,
+        "learning_rate": 1e-3,
+        "max_completion_length": 8,
+        "kl_target": 0.5,
+        "kl_horizon": 200,
+    }
+    args = config(folder, **{**sizes, **rates, "max_steps": 12, "save_strategy": "steps", "save_steps": 4, **options})
+    return PPOTrainer(
+        str(tiny.ensure("tiny-qwen-base")), correct, args, digits(150, 0), digits(20, 1), peft_config=peft
+    )
+
+
+@slow
+@pytest.mark.parametrize("with_lora", [False, True], ids=["full", "lora"])
+def test_a_resumed_run_ends_like_the_uninterrupted_one(tmp_path: Path, with_lora: bool) -> None:
+    whole = small_trainer(tmp_path / "whole", lora() if with_lora else None)
+    whole.train()
+    first = small_trainer(tmp_path / "parts", lora() if with_lora else None, max_steps=4)
+    first.train()
+    second = small_trainer(tmp_path / "parts", lora() if with_lora else None)
+    second.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-4"))
+    expected, found = whole.model.state_dict(), second.model.state_dict()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert whole.kl_controller.value == second.kl_controller.value != 0.05
+    losses_of = lambda trainer: [row["loss"] for row in trainer.state.log_history if "loss" in row]  # noqa: E731
+    assert losses_of(whole) == losses_of(second)
+
+
+@slow
+def test_it_learns_and_what_it_saves_can_be_loaded(tmp_path: Path) -> None:
+    """Seen: held-out reward .52 -> .92 after 120 steps; the first ratios are exactly 1."""
+    trainer = small_trainer(
+        tmp_path, max_steps=80, per_device_train_batch_size=64, gradient_accumulation_steps=1, num_mini_batches=1,
+        num_ppo_epochs=4, kl_target=None, kl_coef=0.02, save_strategy="no",
+    )  # fmt: skip
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_sampled_reward"] > before["eval_sampled_reward"] + 0.15
+    rows = [row for row in trainer.state.log_history if "val/first_ratio_off" in row]
+    assert rows and max(row["val/first_ratio_off"] for row in rows) < 1e-4
+    assert rows[0]["objective/kl"] == 0 and rows[-1]["objective/kl"] > 0
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in trainer.model.policy.state_dict().items())
+    critic = AutoModelForTokenClassification.from_pretrained(tmp_path / "saved" / "value_model").state_dict()
+    assert all(torch.equal(critic[k], v) for k, v in trainer.model.value_model.state_dict().items())
+
+
+@slow
+def test_lora_shares_one_backbone_and_its_base_is_the_reference(tmp_path: Path) -> None:
+    trainer = small_trainer(tmp_path, lora(), max_steps=8, save_strategy="no")
+    base = {n: p.clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
+    trained = {n: p.clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    assert trainer.ref_model is None and any("value" in n for n in trained) and any("default" in n for n in trained)
+    trainer.train()
+    now = dict(trainer.model.named_parameters())
+    assert all(torch.equal(now[n], p) for n, p in base.items())
+    for adapter in ("default", "value"):
+        assert any(not torch.equal(now[n], p) for n, p in trained.items() if f"lora_B.{adapter}" in n)
+    assert not torch.equal(now["value_head.weight"], trained["value_head.weight"])
+
+
+@slow
+def test_a_target_kl_stops_the_updates_of_a_rollout(tmp_path: Path) -> None:
+    trainer = small_trainer(tmp_path, kl_target=None, target_kl=1e-9, max_steps=4, save_strategy="no", logging_steps=1)
+    trainer.train()
+    norms = [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row]
+    assert norms[0] > 0 and norms[-1] == 0, "no step after the first one that moved the policy"
+
+
+def test_generation_in_stretches_is_that_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = policy(3, layers=2)
+    prompts = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10], [0], [11, 3]]
+    greedy = GenerationConfig(max_new_tokens=24, pad_token_id=V - 2, eos_token_id=[V - 1, 3, 8], do_sample=False)
+    monkeypatch.setattr(rollout, "STRETCH", 100)
+    whole = rollout.generate(model, prompts, greedy, 4, "cpu")
+    monkeypatch.setattr(rollout, "STRETCH", 3)
+    assert rollout.generate(model, prompts, greedy, 4, "cpu") == whole
+    assert len({len(tokens) for tokens in whole}) > 1, "completions of different lengths"
+    assert model.generation_config is not greedy
