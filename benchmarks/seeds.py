@@ -116,10 +116,13 @@ def lesson_table(module: str, seeds: list[int]) -> tuple[str, bool]:
 
 def _shown(check: dict[str, Any] | None) -> str:
     """The numbers a check observed, short."""
-    observed = check["observed"] if check else None
-    if not isinstance(observed, dict):
-        return f"{observed:.4g}" if isinstance(observed, float) else str(observed)
-    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in observed.items())
+    return _short(check["observed"]) if check else "-"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_short(item)}" for key, item in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def main() -> int:
