@@ -187,6 +187,15 @@ def test_runs_are_deterministic_for_a_seed(cliff: Any, method: str) -> None:
     assert torch.equal(first[0], second[0]) and not torch.equal(first[0], other[0])
 
 
+@pytest.mark.parametrize("method", td.METHODS)
+def test_what_follows_an_end_is_worth_nothing(method: str) -> None:
+    """One state whose only step ends the episode with reward 1, and leads back to it by name: Q is 1, not more."""
+    one = torch.ones(1, 1, 1, dtype=torch.float64)
+    table = td.Table(one, one.long() * 0, one, one.bool(), torch.ones(1, dtype=torch.float64))
+    q, _ = td.control(table, method, 3, 60, 0.5, 0.1, seeded())
+    assert torch.allclose(q, torch.ones_like(q), atol=1e-9)
+
+
 def test_episodes_that_never_end_are_an_error(cliff: Any) -> None:
     with pytest.raises(RuntimeError, match="episodes after 50 steps"):
         td.control(cliff, "SARSA", 2, 20, 0.5, 0.1, seeded(), max_steps=50)
