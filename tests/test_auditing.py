@@ -118,6 +118,8 @@ def test_a_held_out_row_with_a_problem_is_no_leak(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "data" / "test.jsonl", [GOOD[TRIPLE](5), swapped])
     _, found = problems_of(tmp_path / "data", "preference")
     assert [(p["kind"], p["split"]) for p in found] == [("swapped", "test")]
+    kept = read(tmp_path / "data", "preference", on_bad_rows="keep")  # evaluated after all
+    assert kept.report.counts == {"swapped": 1, "leak": 1}
 
 
 # --- rows set aside -----------------------------------------------------------------------------------------------

@@ -84,9 +84,12 @@ def duplicates(split: Split) -> Iterator[Problem]:
         yield split.problem(index, "duplicate", None, text, "remove one of them")
 
 
-def leaks(train: Split, held_out: Split) -> Iterator[Problem]:
-    """Training rows whose prompt stands in a held-out split: what is measured there would in part be memory."""
-    asked = np.flatnonzero(held_out.good)
+def leaks(train: Split, held_out: Split, kept: bool = False) -> Iterator[Problem]:
+    """Training rows whose prompt stands in a held-out split: what is measured there would in part be memory.
+
+    A held-out row with a problem is not evaluated, unless rows that are only suspicious are `kept`.
+    """
+    asked = np.flatnonzero(~held_out.column(PROMPT_KEY, valid=True)) if kept else np.flatnonzero(held_out.good)
     keys, first = np.unique(held_out.column(PROMPT_KEY)[asked], return_index=True)
     mine = np.flatnonzero(train.good)
     position = np.searchsorted(keys, train.column(PROMPT_KEY)[mine]).clip(max=len(keys) - 1)

@@ -141,7 +141,7 @@ def load(
             if name in names.values()
         }
     report = Report()
-    report.add(find_problems(splits, names["train"], opened.name, limit))
+    report.add(find_problems(splits, names["train"], opened.name, limit, args.on_bad_rows == KEEP))
     judge(report, opened.name, args.on_bad_rows, bad_rows_file)
     if args.on_bad_rows == KEEP:
         for split in splits.values():
@@ -251,8 +251,13 @@ def _named_splits(args: DataArguments, sources: dict[str, Source]) -> dict[str, 
     return names
 
 
-def find_problems(splits: dict[str, Split], train: str, source: str, limit: LengthLimit | None) -> Iterator[Problem]:
-    """Everything that is wrong with the splits; rows with problems are no longer `good` afterwards."""
+def find_problems(
+    splits: dict[str, Split], train: str, source: str, limit: LengthLimit | None, kept: bool = False
+) -> Iterator[Problem]:
+    """Everything that is wrong with the splits; rows with problems are no longer `good` afterwards.
+
+    `kept` says that the run goes on with rows that are only suspicious.
+    """
     for split in splits.values():
         yield from auditing.of_rows(split)
     for split in splits.values():
@@ -262,7 +267,7 @@ def find_problems(splits: dict[str, Split], train: str, source: str, limit: Leng
             yield from auditing.too_long(split, limit)
     for name, split in splits.items():
         if name != train:
-            yield from auditing.leaks(splits[train], split)
+            yield from auditing.leaks(splits[train], split, kept)
 
 
 def judge(report: Report, source: str, policy: str, bad_rows_file: Path | None, quiet: bool = False) -> None:
