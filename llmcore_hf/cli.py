@@ -33,7 +33,7 @@ def entry_point() -> None:
     try:
         code = main(sys.argv[1:])
     except BrokenPipeError:  # the reader (`| head`) has left; nothing more can be said to it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()
         code = 141
     sys.exit(code)
 
@@ -54,12 +54,17 @@ def main(argv: list[str]) -> int:
         raise
     except OSError as error:  # no space, no permission: a run tells its own in its summary, this is all the others
         _print_error(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
-        if error.errno == errno.ENOSPC:  # Python would try to write the rest once more, and complain, when it ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.ENOSPC:
+            _forget_output()
         return 1
     except KeyboardInterrupt:
         _print_error("interrupted")
         return 130
+
+
+def _forget_output() -> None:
+    """What is still to be written goes nowhere: Python would try it once more when it ends, and complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -244,11 +244,9 @@ class Options:
 
     def from_yaml(self, path: Path, shown: str, problems: list[str]) -> dict[str, Any]:
         """Values of a YAML file of options; what is wrong with them is appended to `problems`."""
-        try:
-            document = read_yaml(path)
-        except ConfigError as error:
-            problems += error.problems
-            return {}
+        return self._from_document(_read_or_tell(path, problems), shown, problems)
+
+    def _from_document(self, document: dict[Any, Any], shown: str, problems: list[str]) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for name, value in document.items():
             if name in ("module", "toy", EXPLICIT):
@@ -263,11 +261,9 @@ class Options:
 
     def from_config_file(self, name: str, problems: list[str]) -> list[tuple[str, dict[str, Any]]]:
         """The layers of a `--config` file. A resolved config says which of its values were left at their defaults."""
-        values = self.from_yaml(Path(name), name, problems)
-        try:
-            explicit = read_yaml(Path(name)).get(EXPLICIT, list(values))
-        except ConfigError:  # `from_yaml` has told it
-            return []
+        document = _read_or_tell(Path(name), problems)
+        values = self._from_document(document, name, problems)
+        explicit = document.get(EXPLICIT, list(values))
         if not isinstance(explicit, list):
             problems.append(f"{name}: `{EXPLICIT}` is a list of options, not {explicit!r}")
             return []
@@ -411,6 +407,15 @@ def _chunks(tokens: list[str]) -> Iterator[list[str]]:
         chunk.append(token)
     if chunk:
         yield chunk
+
+
+def _read_or_tell(path: Path, problems: list[str]) -> dict[Any, Any]:
+    """The mapping in a YAML file; when it cannot be read, the reason is appended to `problems`."""
+    try:
+        return read_yaml(path)
+    except ConfigError as error:
+        problems += error.problems
+        return {}
 
 
 def read_yaml(path: Path) -> dict[Any, Any]:

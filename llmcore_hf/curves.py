@@ -30,16 +30,13 @@ def draw(title: str, history: list[dict[str, Any]], panels: list[Panel], bars: d
 
     Panels without a single value are left out, so that no empty axes pretend to be a curve.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     panels = [panel for panel in panels if any(_points(history, line.key) for line in panel.lines)]
     count = len(panels) + bool(bars)
     columns = min(count, 2) or 1
     rows = -(-count // columns) or 1
-    figure, axes = plt.subplots(rows, columns, figsize=(6.2 * columns, 3.9 * rows), squeeze=False, layout="constrained")
+    figure, axes = pyplot().subplots(
+        rows, columns, figsize=(6.2 * columns, 3.9 * rows), squeeze=False, layout="constrained"
+    )
     # The bundled font has no CJK glyphs: what it cannot draw becomes a question mark, not an empty box.
     figure.suptitle(title.encode("ascii", "replace").decode(), fontsize=13, fontweight="bold")
     flat = list(axes.flat)
@@ -49,9 +46,24 @@ def draw(title: str, history: list[dict[str, Any]], panels: list[Panel], bars: d
         _draw_bars(flat[len(panels)], bars)
     for axis in flat[count:]:
         axis.set_visible(False)
+    return png(figure)
+
+
+def pyplot() -> Any:
+    """matplotlib's pyplot, drawing into files alone."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
+def png(figure: Any) -> bytes:
+    """The figure as a PNG; it is closed."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    plt.close(figure)
+    pyplot().close(figure)
     return buffer.getvalue()
 
 

@@ -27,7 +27,6 @@ usage: {prog} data inspect FILE [options]
 FILE is what --dataset_name takes: a file, a folder, a hub id, a toy dataset. Exit code 1 when there are problems.
 
 """
-NONE = "No problems found."
 N_MEASURED = 1000  # rows whose lengths are measured, spread evenly over the dataset
 
 
@@ -125,23 +124,18 @@ def inspect(name: str, args: InspectArguments) -> int:
 
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
     _print_facts(console, opened, splits, module)
-    refused: UserError | None = None
-    if module:
-        try:
+    try:
+        if module:
             _print_rows(console, splits[args.dataset_train_split], module, job, args)
-        except UserError as error:  # told last, because the problems below may be the reason
-            refused = error
-    print()
-    print(report.describe(name) if report.total else "No problems found in the rows themselves." if refused else NONE)
-    if refused:
-        raise refused
+    finally:  # also when the template refuses a row: the problems may be the reason
+        print(f"\n{report.describe(name) if report.total else 'No problems found.'}")
     return 1 if report.total else 0
 
 
 def _print_facts(console: Any, opened: Opened, splits: dict[str, Split], module: Module | None) -> None:
     from llmcore_hf.data import formats
 
-    fmt = opened.format
+    fmt, columns = opened.format, next(iter(opened.sources.values())).columns
     outputs = ", ".join(f"{name} ({kind})" for name, kind in fmt.outputs.items())
     counts = ", ".join(
         f"{name} {len(split.good)} ({int(split.good.sum())} without problems)" for name, split in splits.items()
@@ -149,8 +143,8 @@ def _print_facts(console: Any, opened: Opened, splits: dict[str, Split], module:
     facts = {
         "dataset": opened.name,
         "format": f"{fmt.name}: {formats.why(fmt)}",
-        "columns": f"{', '.join(next(iter(opened.sources.values())).columns)} -> {outputs}",
-        "unused": ", ".join(sorted(set(next(iter(opened.sources.values())).columns) - _used(opened))),
+        "columns": f"{', '.join(columns)} -> {outputs}",
+        "unused": ", ".join(sorted(set(columns) - {opened.columns.get(name, name) for name in fmt.reads})),
         "mapped": ", ".join(f"{target} from {origin}" for target, origin in opened.columns.items()),
         "for": f"--module {module.name}" if module else "no module of this version",
         "rows": counts,
@@ -158,20 +152,6 @@ def _print_facts(console: Any, opened: Opened, splits: dict[str, Split], module:
     for key, value in facts.items():
         if value:
             console.print(f"{key:<9} {value}", markup=False)
-
-
-def _used(opened: Opened) -> set[str]:
-    """Columns of the file that the format reads."""
-    from llmcore_hf.data import formats
-
-    fmt = opened.format
-    read = {
-        *fmt.columns,
-        *formats.OPTIONAL_COLUMNS,
-        *formats.CARRIED_COLUMNS,
-        *(name for pair in formats.SCORES for name in pair),
-    }
-    return {opened.columns.get(name, name) for name in read}
 
 
 def _print_rows(console: Any, split: Split, module: Module, job: Job, args: InspectArguments) -> None:
@@ -205,9 +185,10 @@ def _as_trained(module: Module, job: Job, rows: Dataset, max_length: int) -> lis
     try:
         seen: list[list[SeenRow]] = module.load().as_trained(job, rows, max_length)
     except REFUSALS as error:
+        reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(
-            f"the tokenizer of {job.name} cannot write these rows: {' '.join(str(error).split()).rstrip('.')}. Name the model that "
-            "they are for with --model_name_or_path"
+            f"the tokenizer of {job.name} cannot write these rows: {reason}. Name the model that they are for with "
+            "--model_name_or_path"
         ) from error
     return seen
 

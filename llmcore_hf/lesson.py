@@ -7,7 +7,6 @@ and ends with `if __name__ == "__main__": lesson.main(__file__)`. Nothing here i
 from __future__ import annotations
 
 import importlib.util
-import io
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from llmcore_hf import distributed, resources
 from llmcore_hf.config import Config, RunArguments
+from llmcore_hf.curves import png, pyplot
 from llmcore_hf.errors import ConfigError
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from llmcore_hf.run_dir import RunDirectory
+
+__all__ = ["Lesson", "LessonArguments", "load", "main", "png", "pyplot"]
 
 
 @dataclass
@@ -100,13 +100,3 @@ def main(file: str) -> None:
 
     sys.argv[1:1] = ["--module", Path(file).stem]
     cli.entry_point()
-
-
-def png(figure: Figure) -> bytes:
-    """The figure as a PNG; it is closed."""
-    from matplotlib import pyplot as plt
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    plt.close(figure)
-    return buffer.getvalue()

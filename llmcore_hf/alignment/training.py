@@ -373,7 +373,7 @@ class RunCallback(TrainerCallback):
         self.run = run
         self.trainer = trainer
         self.bar: Any = None
-        self.has_begun = False
+        self.began: float | None = None  # when the first step began, after everything was loaded
         # TRL counts the tokens since the process began, not those of the run. A checkpoint ends a row: this is exact.
         counts = [row["num_tokens"] for row in run.history if "num_tokens" in row]
         self.tokens_before = counts[-1] if counts else 0
@@ -381,7 +381,7 @@ class RunCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         from tqdm import tqdm
 
-        self.has_begun, self.began, self.first_step = True, time.monotonic(), state.global_step
+        self.began, self.first_step = time.monotonic(), state.global_step
         if distributed.is_main_process():
             interactive = sys.stderr.isatty()
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=not interactive)
@@ -426,7 +426,7 @@ class RunCallback(TrainerCallback):
 
     def _time_left(self, step: int, max_steps: int) -> str:
         done = step - self.first_step
-        if done <= 0:
+        if self.began is None or done <= 0:
             return ""
         seconds = round((time.monotonic() - self.began) / done * (max_steps - step))
         return f"  {seconds // 60}:{seconds % 60:02d} left"
@@ -474,7 +474,7 @@ def train(trainer: Trainer, run: RunDirectory) -> None:
         except NothingLeft:
             trainer.is_in_train = False
         except Exception as error:
-            if run.checkpoint is None or progress.has_begun or storage_trouble(error, run.path):
+            if run.checkpoint is None or progress.began is not None or storage_trouble(error, run.path):
                 raise
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(

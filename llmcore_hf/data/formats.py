@@ -101,6 +101,11 @@ class Format:
     read: Callable[[Row, Found], Row]
     accepts: Callable[[Row], bool] = lambda row: True
 
+    @property
+    def reads(self) -> set[str]:
+        """Every column that is looked at, required or not."""
+        return {*self.columns, *OPTIONAL_COLUMNS, *CARRIED_COLUMNS, *(name for pair in SCORES for name in pair)}
+
     def convert(self, row: Row) -> Row:
         """A row in TRL's columns, with `tools`, `image` and `images` handed on.
 
@@ -110,6 +115,9 @@ class Format:
         found = Found()
         converted = self.read(row, found)
         carried = {"tools": _tools(row, found), "image": _image(row, found), "images": _images(row, found)}
+        stored_as_json = [name for name, kind in self.outputs.items() if kind == MESSAGES]
+        for name, value in [*((name, converted.get(name)) for name in stored_as_json), ("tools", carried["tools"])]:
+            _check_numbers(value, name, found)
         if found:
             raise BadRow(found)
         return converted | {name: value for name, value in carried.items() if value is not None}
@@ -122,9 +130,10 @@ class Format:
 
 
 def _refuse_unread_prompt(fmt: Format, columns: Sequence[str], where: str) -> None:
-    """Answers are split into prompt and answer only where no column holds the prompt."""
-    unread = [name for name in PROMPT_LIKE if name in columns and name not in fmt.columns]
-    if "prompt" in fmt.outputs and not {"prompt", "conversations", "instruction"} & set(fmt.columns) and unread:
+    """Texts are split into prompt and answer only where no column holds the prompt."""
+    is_split = fmt.outputs.get("prompt") == TEXT and "prompt" not in fmt.columns
+    unread = [name for name in PROMPT_LIKE if name in columns]
+    if is_split and unread:
         raise UserError(
             f"{where}: is `{unread[0]}` the prompt of `chosen` and `rejected`? Map it with --columns prompt={unread[0]}, or "
             f"remove the column: then what both answers begin with is taken for the prompt"
@@ -310,19 +319,19 @@ def _tool_call(call: Any, field: str, found: Found) -> Any:
     if not isinstance(arguments, dict | None):
         text = f"must be an object, but is {kind_of(arguments)}"
         found.add("type", f"{field}.arguments", text, 'write {"name of the argument": its value}')
-    elif not _fits_json(arguments):
-        text = "holds NaN, infinity or an integer of more than 64 bits"
-        found.add("type", f"{field}.arguments", text, "write that number as text, in quotes")
     return {**call, "function": function} if "function" in call else {"type": "function", "function": function}
 
 
-def _fits_json(value: Any) -> bool:
-    """Whether Arrow can hold the value as JSON."""
+def _check_numbers(value: Any, field: str, found: Found) -> None:
+    """Report numbers that Arrow cannot hold as JSON: it would hand on null, or the whole message as text."""
     if isinstance(value, dict):
-        return all(map(_fits_json, value.values()))
-    if isinstance(value, list):
-        return all(map(_fits_json, value))
-    return math.isfinite(value) if isinstance(value, float) else not isinstance(value, int) or abs(value) < 2**63
+        for name, inner in value.items():
+            _check_numbers(inner, f"{field}.{name}", found)
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            _check_numbers(inner, f"{field}[{i}]", found)
+    elif (isinstance(value, float) and not math.isfinite(value)) or (isinstance(value, int) and abs(value) >= 2**63):
+        found.add("type", field, "is NaN, infinite or of more than 64 bits", "write that number as text, in quotes")
 
 
 def _show(value: Any) -> str:
