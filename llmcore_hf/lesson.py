@@ -21,7 +21,7 @@ from llmcore_hf.errors import ConfigError
 if TYPE_CHECKING:
     from llmcore_hf.run_dir import RunDirectory
 
-__all__ = ["Lesson", "LessonArguments", "load", "main", "png", "pyplot"]
+__all__ = ["Lesson", "LessonArguments", "environment_problems", "load", "main", "png", "pyplot"]
 
 
 @dataclass
@@ -43,6 +43,40 @@ class LessonArguments(RunArguments):
     def problems(self) -> list[str]:
         """What is wrong with the options, one sentence each, naming the option and what it may be."""
         return []
+
+
+def environment_problems(env_id: str, *, tabular: bool = False, time_limit: bool = False) -> list[str]:
+    """Why a lesson cannot use this Gymnasium environment: at most one sentence. All lessons need discrete actions.
+
+    Args:
+        tabular: it must have numbered states and a transition table; otherwise its observations must be a flat Box.
+        time_limit: an episode must end after a known number of steps at the latest.
+    """
+    import gymnasium
+    from gymnasium.spaces import Box, Discrete
+
+    try:
+        env = gymnasium.make(env_id)
+    except Exception as error:  # the constructor of an environment may raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return [f"--env_id {env_id}: Gymnasium cannot make it ({reason})"]
+    env.close()
+    actions, observations, spec = env.action_space, env.observation_space, env.spec
+    fits = (
+        isinstance(observations, Discrete)
+        if tabular
+        else isinstance(observations, Box) and len(observations.shape) == 1
+    )
+    needed = "Discrete ones" if tabular else "a Box of one dimension"
+    wrong = {
+        f"its actions are {actions}, and this lesson needs Discrete ones": not isinstance(actions, Discrete),
+        f"its observations are {observations}, and this lesson needs {needed}": not fits,
+        "it has no `P` and `initial_state_distrib`, which this lesson computes with": tabular
+        and not all(hasattr(env.unwrapped, name) for name in ("P", "initial_state_distrib")),
+        "it has no time limit (`max_episode_steps`), so an episode might never end": time_limit
+        and (spec is None or spec.max_episode_steps is None),
+    }
+    return [f"--env_id {env_id}: {text}" for text, is_wrong in wrong.items() if is_wrong][:1]
 
 
 class Lesson:

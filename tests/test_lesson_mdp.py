@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(autouse=True)
 def close_figures() -> Any:
     yield
-    mdp.pyplot().close("all")
+    lesson.pyplot().close("all")
 
 
 def make(env_id: str, **options: Any) -> Any:
@@ -431,10 +431,10 @@ def test_a_simulation_is_repeatable_and_near_the_exact_return() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"env_id": "Nope-v0"}, "--env_id 'Nope-v0': Gymnasium cannot make it"),
+        ({"env_id": "Nope-v0"}, "--env_id Nope-v0: Gymnasium cannot make it"),
         ({"env_id": "Taxi-v3"}, "use `Taxi-v4` instead"),
-        ({"env_id": ""}, "--env_id ''"),
-        ({"env_id": "a:b:c"}, "--env_id 'a:b:c'"),
+        ({"env_id": ""}, "--env_id : Gymnasium"),
+        ({"env_id": "a:b:c"}, "--env_id a:b:c"),
         ({"env_id": "no_such_package:Env-v0"}, "no_such_package"),
         ({"env_id": "Pendulum-v1"}, "its actions are Box"),
         ({"env_id": "CartPole-v1"}, "its observations are Box"),
@@ -480,9 +480,9 @@ gym.register("Broken-v0", Broken)
 def test_an_environment_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_envs.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
-    assert mdp.env_problems("own_envs:Fair-v0") == []
-    assert "no `P` and `initial_state_distrib`" in mdp.env_problems("own_envs:NoStart-v0")[0]
-    assert "no screen" in mdp.env_problems("own_envs:Broken-v0")[0]
+    assert lesson.environment_problems("own_envs:Fair-v0", tabular=True) == []
+    assert "no `P` and `initial_state_distrib`" in lesson.environment_problems("own_envs:NoStart-v0", tabular=True)[0]
+    assert "no screen" in lesson.environment_problems("own_envs:Broken-v0", tabular=True)[0]
     model = make("own_envs:Fair-v0")
     assert mdp.solve(model, 0.5, 1e-9).values.tolist() == pytest.approx([1.0, 1.0])
     sys.modules.pop("own_envs")

@@ -374,10 +374,10 @@ def test_the_baseline_ignores_padding() -> None:
     [
         ({"env_id": "CartPoll-v1"}, r"--env_id CartPoll-v1: .*Did you mean: `CartPole`"),
         ({"env_id": "CartPole-v9"}, r"--env_id CartPole-v9: .*version"),
-        ({"env_id": "no_such_module:Foo-v0"}, r"--env_id no_such_module:Foo-v0: No module named 'no_such_module'"),
-        ({"env_id": "Pendulum-v1"}, r"--env_id Pendulum-v1: the actions are Box.* needs Discrete"),
-        ({"env_id": "Taxi-v4"}, r"--env_id Taxi-v4: the observations are Discrete\(500\).* needs a Box of one"),
-        ({"env_id": "Blackjack-v1"}, r"--env_id Blackjack-v1: the observations are Tuple"),
+        ({"env_id": "no_such_module:Foo-v0"}, r"--env_id no_such_module:Foo-v0: .*No module named 'no_such_module'"),
+        ({"env_id": "Pendulum-v1"}, r"--env_id Pendulum-v1: its actions are Box.* needs Discrete"),
+        ({"env_id": "Taxi-v4"}, r"--env_id Taxi-v4: its observations are Discrete\(500\).* needs a Box of one"),
+        ({"env_id": "Blackjack-v1"}, r"--env_id Blackjack-v1: its observations are Tuple"),
         ({"gamma": 1.0}, r"--gamma 1.0: a discount lies in \[0, 1\)"),
         ({"gamma": -0.1}, r"--gamma -0.1"),
         ({"gamma": math.nan}, r"--gamma nan"),
@@ -403,13 +403,13 @@ def test_a_bad_option_is_one_clear_sentence(options: dict[str, Any], words: str)
 
 def test_images_are_refused(monkeypatch: pytest.MonkeyPatch, corridor: None) -> None:
     monkeypatch.setattr(Corridor, "observation_space", Box(0, 255, (8, 8, 3), dtype=np.uint8))
-    (problem,) = pg.environment_problems("Corridor-v0")
+    (problem,) = lesson.environment_problems("Corridor-v0", time_limit=True)
     assert "Box(0, 255, (8, 8, 3), uint8), and this lesson needs a Box of one dimension" in problem
 
 
 def test_an_environment_without_a_time_limit_is_refused(corridor: None) -> None:
-    assert pg.environment_problems("Corridor-v0") == []
-    (problem,) = pg.environment_problems("Endless-v0")
+    assert lesson.environment_problems("Corridor-v0", time_limit=True) == []
+    (problem,) = lesson.environment_problems("Endless-v0", time_limit=True)
     assert "no time limit" in problem
 
 

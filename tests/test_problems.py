@@ -88,6 +88,8 @@ BAD_ROWS: list[tuple[str, Row, list[tuple[str, str | None, str]]]] = [
         chat(user("q"), call(function={"name": " "})),
         [("type", "messages[1].tool_calls", "without a function name")],
     ),
+    (CHAT, chat({**user("q"), "id": 10**25}, assistant("a")), [("type", "messages[0].id", "in quotes")]),
+    (CHAT_PAIR, {"tools": [{"function": {"limit": float("inf")}}]}, [("type", "tools[0].function.limit", "infinite")]),
     (CHAT_PAIR, {"completion": [assistant("a"), assistant("b")]}, [("order", "completion[1]", "merge the two turns")]),
     (CHAT_PAIR, {"completion": [assistant("a"), system("s"), assistant("b")]}, [("order", "completion[1]", "first")]),
     (CHAT_TRIPLE, {"chosen": [assistant("a"), assistant("b")]}, [("order", "chosen[1]", "merge the two turns")]),

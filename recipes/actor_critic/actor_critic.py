@@ -48,7 +48,6 @@ from typing import TYPE_CHECKING, Any
 import gymnasium
 import numpy as np
 import torch
-from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode
 from torch import Tensor, nn
 
@@ -99,7 +98,7 @@ class Args(lesson.LessonArguments):
     )
 
     def problems(self) -> list[str]:
-        found = environment_problems(self.env_id)
+        found = lesson.environment_problems(self.env_id, time_limit=True)
         if not 0 <= self.gamma < 1:
             found.append(f"--gamma {self.gamma}: a discount lies in [0, 1)")
         if not 0 <= self.gae_lambda <= 1:
@@ -124,23 +123,6 @@ class Args(lesson.LessonArguments):
 
     def num_updates(self) -> int:
         return self.total_timesteps // (self.num_envs * self.num_steps)
-
-
-def environment_problems(env_id: str) -> list[str]:
-    """Why the lesson cannot use this environment, in one sentence; empty when it can."""
-    try:
-        env = gymnasium.make(env_id)
-    except (gymnasium.error.Error, ImportError) as error:
-        return [f"--env_id {env_id}: {' '.join(str(error).split())}"]
-    env.close()
-    observations, actions, spec = env.observation_space, env.action_space, env.spec
-    if not isinstance(actions, Discrete):
-        return [f"--env_id {env_id}: the actions are {actions}, and this lesson needs Discrete ones"]
-    if not isinstance(observations, Box) or len(observations.shape) != 1:
-        return [f"--env_id {env_id}: the observations are {observations}, and this lesson needs a Box of one dimension"]
-    if spec is None or spec.max_episode_steps is None:
-        return [f"--env_id {env_id}: it has no time limit (`max_episode_steps`), so an episode might never end"]
-    return []
 
 
 def make_envs(env_id: str, num_envs: int, seed: int, **options: Any) -> gymnasium.vector.VectorEnv:
@@ -647,7 +629,7 @@ def reward_threshold(env_id: str) -> float | None:
 
 def curves_figure(args: Args, curves: dict[str, Tensor], worth: dict[str, Tensor], n_actions: int) -> Figure:
     """Return, values, critic against truth, entropy, explained variance and value loss. Mean and range of the runs."""
-    from matplotlib import pyplot as plt
+    plt = lesson.pyplot()
     from matplotlib.ticker import EngFormatter
 
     figure, axes = plt.subplots(2, 3, figsize=(16.5, 8.2), layout="constrained")
@@ -721,7 +703,7 @@ def policy_figure(
         seen: `before` and `after`, states of greedy episodes of the first run. (steps, 4)
         lengths: their mean lengths.
     """
-    from matplotlib import pyplot as plt
+    plt = lesson.pyplot()
 
     figure, axes = plt.subplots(1, 3, figsize=(17.0, 4.9), layout="constrained", sharey=True)
     figure.suptitle("What the first run knows, over the angle and the velocity of the pole", fontweight="bold")

@@ -358,12 +358,9 @@ COLORS = dict(
 
 
 def _subplots(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False, **options)
+    return lesson.pyplot().subplots(
+        rows, columns, figsize=(width, height), layout="constrained", squeeze=False, **options
+    )
 
 
 def draw_variances(samples: dict[str, Tensor], gradient: Tensor) -> Figure:

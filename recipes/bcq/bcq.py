@@ -749,15 +749,6 @@ def network_checks(curves: Curves, dataset: OfflineDataset, args: Args, referenc
 # -------------------------------------------------------------------------------------------------------------- figures
 
 
-def plotting() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt
-
-
 COLORS = {"Double DQN": RED, "Q-learning": RED, "BCQ": BLUE, CLONING.name: GREY}
 GRID = (4, 12)
 ARROWS = ((0, -1), (1, 0), (0, 1), (-1, 0))  # up, right, down, left, with the rows going down
@@ -765,7 +756,7 @@ ARROWS = ((0, -1), (1, 0), (0, 1), (-1, 0))  # up, right, down, left, with the r
 
 def policies_figure(outcomes: list[Outcome], data: TabularData) -> Figure:
     """Greedy actions of each method on the grid of CliffWalking."""
-    plt = plotting()
+    plt = lesson.pyplot()
     figure, axes = plt.subplots(len(outcomes), 1, figsize=(8.2, 2.75 * len(outcomes)), layout="constrained")
     figure.suptitle("Which action does each method take, and has anybody tried it?", fontsize=13, fontweight="bold")
     n_states = int((data.shares.sum(1) > 0).sum())
@@ -822,7 +813,7 @@ def draw_action(axis: Axes, state: int, action: int, color: str) -> None:
 
 def filter_figure(logits: Tensor, data: TabularData, thresholds: list[float]) -> Figure:
     """The actions that each threshold allows, state by state on the grid."""
-    plt = plotting()
+    plt = lesson.pyplot()
     figure, axes = plt.subplots(len(thresholds), 1, figsize=(8.2, 2.75 * len(thresholds)), layout="constrained")
     figure.suptitle("Which actions does the filter let pass?", fontsize=13, fontweight="bold")
     states = torch.nonzero(data.shares.sum(1) > 0).flatten().tolist()
@@ -858,7 +849,7 @@ def draw_allowed(axis: Axes, state: int, action: int, color: str) -> None:
 
 def threshold_figure(outcomes: list[Outcome], logits: Tensor, data: TabularData, threshold: float) -> Figure:
     """Left: the ratio of every action in every state. Right: what Q promises and what its policy gets, by tau."""
-    plt = plotting()
+    plt = lesson.pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(12.4, 5.2), layout="constrained")
     figure.suptitle("Where must the threshold lie? (CliffWalking, exact values)", fontsize=13, fontweight="bold")
     states = torch.nonzero(data.shares.sum(1) > 0).flatten()
@@ -901,7 +892,7 @@ def draw_returns_by_threshold(axis: Axes, swept: list[Outcome]) -> None:
 
 def curves_figure(curves: Curves, title: str, dataset: OfflineDataset, largest: float | None) -> Figure:
     """Promised and true values over the training, and returns; a thin line per seed, a thick one for the median."""
-    plt = plotting()
+    plt = lesson.pyplot()
     known = not np.isnan(list(curves.returns.values())).any()
     figure, axes = plt.subplots(1, 1 + known, figsize=(6.2 + 6.2 * known, 5.0), layout="constrained", squeeze=False)
     figure.suptitle(title, fontsize=13, fontweight="bold")

@@ -686,15 +686,6 @@ def network_checks(curves: Curves, dataset: OfflineDataset, args: Args, referenc
 # -------------------------------------------------------------------------------------------------------------- figures
 
 
-def plotting() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt
-
-
 COLORS = {"DQN": RED, "Q-learning": RED, "CQL": BLUE, CLONING.name: GREY}
 GRID = (4, 12)
 ARROWS = ((0, -1), (1, 0), (0, 1), (-1, 0))  # up, right, down, left, with the rows going down
@@ -702,7 +693,7 @@ ARROWS = ((0, -1), (1, 0), (0, 1), (-1, 0))  # up, right, down, left, with the r
 
 def policies_figure(outcomes: list[Outcome], data: TabularData) -> Figure:
     """Greedy actions of each method on the grid of CliffWalking."""
-    plt = plotting()
+    plt = lesson.pyplot()
     figure, axes = plt.subplots(len(outcomes), 1, figsize=(8.2, 2.75 * len(outcomes)), layout="constrained")
     figure.suptitle("Which action does each method take, and has anybody tried it?", fontsize=13, fontweight="bold")
     n_states = int((data.shares.sum(1) > 0).sum())
@@ -761,7 +752,7 @@ def draw_action(axis: Axes, state: int, action: int, color: str) -> None:
 
 def conservatism_figure(outcomes: list[Outcome], fork: Fork) -> Figure:
     """Left: what Q promises at the start and what its greedy policy gets, by alpha. Right: the two Q at the fork."""
-    plt = plotting()
+    plt = lesson.pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(12.4, 5.0), layout="constrained")
     figure.suptitle("What does alpha do? (CliffWalking, exact values)", fontsize=13, fontweight="bold")
     swept = [o for o in outcomes if o.method.name == "CQL"]
@@ -798,7 +789,7 @@ def conservatism_figure(outcomes: list[Outcome], fork: Fork) -> Figure:
 
 def curves_figure(curves: Curves, title: str, dataset: OfflineDataset, largest: float | None) -> Figure:
     """Promised and true values over the training, and returns; a thin line per seed, a thick one for the median."""
-    plt = plotting()
+    plt = lesson.pyplot()
     known = not np.isnan(list(curves.returns.values())).any()
     figure, axes = plt.subplots(1, 1 + known, figsize=(6.2 + 6.2 * known, 5.0), layout="constrained", squeeze=False)
     figure.suptitle(title, fontsize=13, fontweight="bold")

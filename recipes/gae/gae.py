@@ -124,25 +124,11 @@ class Args(lesson.LessonArguments):
         for name in ("ent_coef", "vf_coef"):
             if not 0 <= getattr(self, name) < math.inf:
                 found.append(f"--{name} {getattr(self, name)}: must be a finite number, 0 or more")
-        return found + _environment_problems(self.env_id)
+        return found + lesson.environment_problems(self.env_id)
 
 
 def _spaced(numbers: list[float]) -> str:
     return " ".join(f"{number:g}" for number in numbers)
-
-
-def _environment_problems(env_id: str) -> list[str]:
-    try:
-        env = gym.make(env_id)
-    except gym.error.Error as error:
-        return [f"--env_id {env_id}: Gymnasium cannot make it ({error})"]
-    actions, observations = env.action_space, env.observation_space
-    env.close()
-    if not isinstance(actions, gym.spaces.Discrete):
-        return [f"--env_id {env_id}: its actions are {actions}, and the policy here chooses among discrete ones"]
-    if not isinstance(observations, gym.spaces.Box) or len(observations.shape) != 1:
-        return [f"--env_id {env_id}: its observations are {observations}, and the networks here take a flat Box"]
-    return []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -725,12 +711,9 @@ BIAS, SPREAD, ERROR = "#d62728", "#1f77b4", "#333333"
 
 
 def _subplots(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False, **options)
+    return lesson.pyplot().subplots(
+        rows, columns, figsize=(width, height), layout="constrained", squeeze=False, **options
+    )
 
 
 def _colors(lambdas: list[float]) -> list[Any]:

@@ -86,7 +86,7 @@ class Args(lesson.LessonArguments):
     )
 
     def problems(self) -> list[str]:
-        found = env_problems(self.env_id)
+        found = lesson.environment_problems(self.env_id, tabular=True)
         if not 0 <= self.gamma < 1:
             found.append(f"--gamma {self.gamma}: a discount factor is in [0, 1)")
         if not 0 < self.tolerance < math.inf:
@@ -95,25 +95,6 @@ class Args(lesson.LessonArguments):
             if getattr(self, name) < least:
                 found.append(f"--{name} {getattr(self, name)}: at least {least}")
         return found
-
-
-def env_problems(env_id: str) -> list[str]:
-    """Why `env_id` cannot be solved by dynamic programming: at most one sentence."""
-    try:
-        env = gym.make(env_id)
-    except Exception as error:  # the constructor of an environment may raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        return [f"--env_id {env_id!r}: Gymnasium cannot make it ({reason})"]
-    spaces, tabular = (env.action_space, env.observation_space), gym.spaces.Discrete
-    table, start = (getattr(env.unwrapped, name, None) for name in ("P", "initial_state_distrib"))
-    env.close()
-    if not isinstance(spaces[0], tabular):
-        return [f"--env_id {env_id}: its actions are {spaces[0]}, a tabular lesson needs Discrete ones"]
-    if not isinstance(spaces[1], tabular):
-        return [f"--env_id {env_id}: its observations are {spaces[1]}, a tabular lesson needs Discrete ones"]
-    if table is None or start is None:
-        return [f"--env_id {env_id}: it has no `P` and `initial_state_distrib`, without which nothing can be computed"]
-    return []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1124,15 +1105,6 @@ COLORS = {
 }
 
 
-def pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
 def best_actions(mdp: MDP, values: Tensor, gamma: float) -> Tensor:
     """(A, S) booleans: all actions that are greedy with respect to `values`, ties included."""
     q = action_values(mdp, values, gamma)
@@ -1190,7 +1162,7 @@ class Grid:
             center: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": size}
             if self.idle[state]:
                 box: dict[str, Any] = {"facecolor": "#dddddd", "edgecolor": "#999999", "hatch": "///"}
-                axis.add_patch(pyplot().Rectangle((x - 0.5, y - 0.5), 1, 1, **box))
+                axis.add_patch(lesson.pyplot().Rectangle((x - 0.5, y - 0.5), 1, 1, **box))
                 axis.text(x, y, self.letters[state : state + 1], weight="bold", **center)
                 continue
             color = "black" if value - low > 0.6 * (high - low) else "white"
@@ -1213,7 +1185,7 @@ def _arrow(axis: Axes, x: float, y: float, way: tuple[float, float], color: str)
 
 def draw_gridworlds(random_big: Tensor, best_big: Tensor, random_small: Tensor) -> Figure:
     """Examples 3.5, 3.8 and 4.1: what a policy is worth, and what the best one is."""
-    figure, axes = pyplot().subplots(1, 4, figsize=(16, 4.4), layout="constrained")
+    figure, axes = lesson.pyplot().subplots(1, 4, figsize=(16, 4.4), layout="constrained")
     big, small, corners = gridworld(), small_gridworld(), idle_states(small_gridworld())
     nowhere = torch.zeros(25, dtype=torch.bool)
     one = "Ex. 3.5: v of the random policy, gamma = 0.9\nA (top, 2nd) pays +10, B (top, 4th) +5"
@@ -1229,7 +1201,7 @@ def draw_gridworlds(random_big: Tensor, best_big: Tensor, random_small: Tensor) 
 
 def draw_gambler(mdp: MDP, final: Tensor) -> Figure:
     """Example 4.3: sweeps of value iteration, and all stakes that are optimal."""
-    figure, (left, right) = pyplot().subplots(1, 2, figsize=(12.4, 4.6), layout="constrained")
+    figure, (left, right) = lesson.pyplot().subplots(1, 2, figsize=(12.4, 4.6), layout="constrained")
     capital = np.arange(1, 100)
     for step, color in zip(value_iteration(mdp, 1.0), ("#c6dbef", "#6baed6", "#2171b5"), strict=False):
         left.step(capital, step.backup[1:-1].numpy(), color=color, where="mid", label=f"after sweep {step.work}")
@@ -1250,7 +1222,7 @@ def draw_gambler(mdp: MDP, final: Tensor) -> Figure:
 
 def draw_car_rental(policies: list[Tensor], values: Tensor) -> Figure:
     """Example 4.2, as Figure 4.2: five policies in turn, and the value of the last."""
-    plt, side = pyplot(), MAX_CARS + 1
+    plt, side = lesson.pyplot(), MAX_CARS + 1
     figure, axes = plt.subplots(2, 3, figsize=(12, 9), layout="constrained", sharex=True, sharey=True)
     levels = {"cmap": plt.get_cmap("RdBu_r", 2 * MAX_MOVED + 1), "vmin": -MAX_MOVED - 0.5, "vmax": MAX_MOVED + 0.5}
     for i, (axis, policy) in enumerate(zip(axes.flat[:5], policies, strict=False)):
@@ -1279,7 +1251,7 @@ def draw_car_rental(policies: list[Tensor], values: Tensor) -> Figure:
 
 def draw_toy_text() -> Figure:
     """Optimal values and actions where slipping decides how near to danger one should walk; and a slice of Taxi."""
-    figure = pyplot().figure(figsize=(14, 8.8), layout="constrained")
+    figure = lesson.pyplot().figure(figsize=(14, 8.8), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1.5, 1))
     axes = [*above.subplots(1, 3), *below.subplots(1, 2)]
     names = ("FrozenLake-v1", "FrozenLake8x8-v1", "CliffWalking-v1", "CliffWalkingSlippery-v1")
@@ -1337,7 +1309,7 @@ def draw_bounds(axis: Axes, solutions: dict[str, Solution], tolerance: float) ->
 
 def draw_solvers(solvers: dict[str, dict[str, Solution]], n_states: int) -> Figure:
     """When is which method fast?"""
-    figure, axes = pyplot().subplots(1, 2, figsize=(13.4, 5), layout="constrained")
+    figure, axes = lesson.pyplot().subplots(1, 2, figsize=(13.4, 5), layout="constrained")
     kinds = {"fast mixing": "random sparse MDP", "slow mixing": "slippery grid"}
     for axis, (name, solutions) in zip(axes, solvers.items(), strict=True):
         draw_bounds(axis, solutions, SOLVER_TOLERANCE)
@@ -1356,7 +1328,7 @@ def draw_environment(
     args: Args,
 ) -> Figure:
     """The main picture: values and actions, certified errors of all methods, return of the greedy policy on the way."""
-    figure, (left, middle, right) = pyplot().subplots(1, 3, figsize=(17, 5.4), layout="constrained")
+    figure, (left, middle, right) = lesson.pyplot().subplots(1, 3, figsize=(17, 5.4), layout="constrained")
     title = "What is each state worth, and where to go?\n(hatched: nothing to decide)"
     draw_values(left, env, mdp, solutions["mixed policy iteration"].values, args.gamma, title)
     draw_bounds(middle, solutions, args.tolerance)

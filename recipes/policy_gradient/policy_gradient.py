@@ -45,7 +45,6 @@ from typing import TYPE_CHECKING, Any
 import gymnasium
 import numpy as np
 import torch
-from gymnasium.spaces import Box, Discrete
 from torch import Tensor, nn
 
 from llmcore_hf import lesson
@@ -88,7 +87,7 @@ class Args(lesson.LessonArguments):
     )
 
     def problems(self) -> list[str]:
-        found = environment_problems(self.env_id)
+        found = lesson.environment_problems(self.env_id, time_limit=True)
         if not 0 <= self.gamma < 1:
             found.append(f"--gamma {self.gamma}: a discount lies in [0, 1)")
         for name in ("learning_rate", "value_learning_rate"):
@@ -102,23 +101,6 @@ class Args(lesson.LessonArguments):
         if self.target_return is not None and not math.isfinite(self.target_return):
             found.append(f"--target_return {self.target_return}: a finite number is needed")
         return found
-
-
-def environment_problems(env_id: str) -> list[str]:
-    """Why the lesson cannot use this environment, in one sentence; empty when it can."""
-    try:
-        env = gymnasium.make(env_id)
-    except (gymnasium.error.Error, ImportError) as error:
-        return [f"--env_id {env_id}: {' '.join(str(error).split())}"]
-    env.close()
-    observations, actions, spec = env.observation_space, env.action_space, env.spec
-    if not isinstance(actions, Discrete):
-        return [f"--env_id {env_id}: the actions are {actions}, and this lesson needs Discrete ones"]
-    if not isinstance(observations, Box) or len(observations.shape) != 1:
-        return [f"--env_id {env_id}: the observations are {observations}, and this lesson needs a Box of one dimension"]
-    if spec is None or spec.max_episode_steps is None:
-        return [f"--env_id {env_id}: it has no time limit (`max_episode_steps`), so an episode might never end"]
-    return []
 
 
 class Networks(nn.Module):
@@ -523,7 +505,7 @@ def reward_threshold(env_id: str) -> float | None:
 
 def curves_figure(args: Args, curves: dict[str, Tensor], n_actions: int) -> Figure:
     """Return, gradient variance, entropy and explained variance, over episodes. Mean and range of the runs."""
-    from matplotlib import pyplot as plt
+    plt = lesson.pyplot()
 
     n = args.num_runs
     step = torch.arange(1, args.num_iterations + 1) * args.num_episodes
@@ -575,7 +557,7 @@ def policy_figure(before: Networks, after: Networks, start: Episodes, end: Episo
 
     Dots are states that the policy visits in greedy episodes.
     """
-    from matplotlib import pyplot as plt
+    plt = lesson.pyplot()
 
     figure, axes = plt.subplots(1, 2, figsize=(11.6, 5.0), layout="constrained", sharey=True)
     figure.suptitle("When does the policy push the cart to the right? (first run with baseline)", fontweight="bold")

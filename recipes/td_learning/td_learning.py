@@ -73,7 +73,7 @@ class Args(lesson.LessonArguments):
     bias_runs: int = field(default=10_000, metadata={"help": "Independent runs of Double Q-learning's example."})
 
     def problems(self) -> list[str]:
-        found = env_problems(self.env_id)
+        found = lesson.environment_problems(self.env_id, tabular=True)
         if not 0 < self.step_size <= 1:
             found.append(f"--step_size {self.step_size}: a step size is in (0, 1]")
         if not 0 <= self.epsilon <= 1:
@@ -84,23 +84,6 @@ class Args(lesson.LessonArguments):
         if self.bias_runs < 2:
             found.append(f"--bias_runs {self.bias_runs}: at least 2")
         return found
-
-
-def env_problems(env_id: str) -> list[str]:
-    """Why tables cannot be learned there: at most one sentence."""
-    try:
-        env = gym.make(env_id)
-    except (gym.error.Error, ImportError, ValueError) as error:
-        return [f"--env_id {env_id!r}: Gymnasium cannot make it ({' '.join(str(error).split())})"]
-    actions, observations = env.action_space, env.observation_space
-    table, start = (getattr(env.unwrapped, name, None) for name in ("P", "initial_state_distrib"))
-    env.close()
-    for name, space in (("actions", actions), ("observations", observations)):
-        if not isinstance(space, gym.spaces.Discrete):
-            return [f"--env_id {env_id}: its {name} are {space}, a tabular lesson needs Discrete ones"]
-    if table is None or start is None:
-        return [f"--env_id {env_id}: it has no `P` and `initial_state_distrib`, from which many runs advance at once"]
-    return []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -720,18 +703,9 @@ def bias_checks(found: Results) -> list[Check]:
 COLORS = {"SARSA": "#1f77b4", "Expected SARSA": "#2ca02c", "Q-learning": "#d62728", "Double Q-learning": "#9467bd"}
 
 
-def pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt
-
-
 def draw_curves(found: Results, args: Args) -> Figure:
     """Four panels, one per experiment."""
-    figure, axes = pyplot().subplots(2, 2, figsize=(12.5, 9), layout="constrained")
+    figure, axes = lesson.pyplot().subplots(2, 2, figsize=(12.5, 9), layout="constrained")
     draw_short_walk(axes[0, 0], found.short)
     draw_long_walk(axes[0, 1], found)
     draw_control(axes[1, 0], found.returns, args)
@@ -742,7 +716,7 @@ def draw_curves(found: Results, args: Args) -> Figure:
 
 
 def draw_short_walk(axis: Axes, short: Learned) -> None:
-    plt = pyplot()
+    plt = lesson.pyplot()
     curves = short.errors.mean(2)  # (E + 1, M)
     for m, alpha in enumerate((*TD_ALPHAS, *MC_ALPHAS)):
         is_td = m < len(TD_ALPHAS)
@@ -755,7 +729,7 @@ def draw_short_walk(axis: Axes, short: Learned) -> None:
 
 
 def draw_long_walk(axis: Axes, found: Results) -> None:
-    plt = pyplot()
+    plt = lesson.pyplot()
     for i, n in enumerate(N_STEPS):
         axis.plot(LONG_ALPHAS, found.by_n[i].mean(1), color=plt.cm.viridis(i / len(N_STEPS)), label=f"n = {n}", lw=1.7)
     best = LAMBDAS.index(0.8)
@@ -790,7 +764,7 @@ def draw_bias(axis: Axes, left: dict[str, Tensor]) -> None:
 
 def draw_estimates(short: Learned) -> Figure:
     """Mean estimates of TD(0) and Monte Carlo beside the true values, as they grow."""
-    plt = pyplot()
+    plt = lesson.pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained", sharey=True)
     names = ["A", "B", "C", "D", "E"]
     columns = {
@@ -811,11 +785,11 @@ def draw_estimates(short: Learned) -> Figure:
 
 def draw_paths(table: Table, q: dict[str, Tensor]) -> Figure:
     """The greedy path of most runs on the 4 x 12 grid, one panel per method."""
-    figure, axes = pyplot().subplots(len(q), 1, figsize=(8.2, 2.35 * len(q)), layout="constrained")
+    figure, axes = lesson.pyplot().subplots(len(q), 1, figsize=(8.2, 2.35 * len(q)), layout="constrained")
     for axis, (method, values) in zip(axes, q.items(), strict=True):
         returns, paths = greedy_returns(table, values)
         axis.set_title(f"{method}: {_path_title(returns)}", fontsize=11)
-        axis.add_patch(pyplot().Rectangle((0.5, 2.5), 10, 1, color="#444444"))
+        axis.add_patch(lesson.pyplot().Rectangle((0.5, 2.5), 10, 1, color="#444444"))
         axis.text(5.5, 3, "the cliff: -100", color="white", ha="center", va="center")
         for label, x in (("S", 0), ("G", 11)):
             circle = {"boxstyle": "circle", "facecolor": "white", "edgecolor": "black"}
