@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from lesson_doubles import FakeRun, ShortEpisodes
 
 from llmcore_hf import cli, lesson, offline_data
 from llmcore_hf.errors import ConfigError
@@ -20,19 +21,6 @@ from llmcore_hf.run_dir import validate_summary
 
 bcq = lesson.load("bcq").file
 GAMMA = 0.99
-
-
-class FakeRun:
-    """What `run` needs of a run directory."""
-
-    def __init__(self) -> None:
-        self.checks, self.summary, self.history, self.files = [], {}, [], {}
-
-    def log(self, row: dict) -> None:
-        self.history.append(row)
-
-    def write(self, name: str, content: str | bytes) -> None:
-        self.files[name] = content
 
 
 @pytest.fixture(scope="module")
@@ -250,22 +238,6 @@ def test_timeouts_are_bootstrapped(monkeypatch: pytest.MonkeyPatch) -> None:
 # ------------------------------------------------------------------------------------------------------------- the table
 
 
-def test_tabulate_counts_as_a_plain_loop_does() -> None:
-    dataset = offline_data.cliff_walking(7, 3)
-    data = bcq.tabulate(dataset)
-    visits: dict[int, dict[int, int]] = {}
-    for state, action in zip(dataset.observations.tolist(), dataset.actions.tolist(), strict=True):
-        visits.setdefault(state, {}).setdefault(action, 0)
-        visits[state][action] += 1
-    for state in range(48):
-        for action in range(4):
-            count, total = visits.get(state, {}).get(action, 0), sum(visits.get(state, {}).values())
-            assert data.shares[state, action] == pytest.approx(count / total if total else 0)
-    assert data.start.tolist() == np.eye(48)[36].tolist()
-    per_state = torch.zeros(48, dtype=torch.float64).index_add_(0, data.batch.observations, data.weights)
-    assert sorted(set(per_state.tolist())) == pytest.approx([0, 1])
-
-
 def test_without_a_filter_it_is_q_learning_from_zero(cliff: SimpleNamespace) -> None:
     """Every next state has an untried action worth 0, so the target is the reward: Q = -1 in the data, 0 elsewhere."""
     naive = cliff.outcomes[1]
@@ -327,25 +299,6 @@ def test_the_fork_and_the_ratios_of_untried_actions(cliff: SimpleNamespace) -> N
     assert low < high < 0.05 < ratios[0, 1] < 3 / 7 + 0.01
 
 
-def test_values_of_a_policy_are_those_of_many_backups() -> None:
-    model, table = bcq.Model.of("FrozenLake-v1"), gym.make("FrozenLake-v1").unwrapped.P
-    policy = torch.randint(4, (16,), generator=torch.Generator().manual_seed(0))
-    discounted, hundred = [0.0] * 16, [0.0] * 16
-    for sweep in range(2000):
-        for values, gamma in ((discounted, 0.95), (hundred, 1.0)):
-            if gamma < 1 or sweep < 100:
-                values[:] = [
-                    sum(p * (r + gamma * values[s2] * (not end)) for p, s2, r, end in table[s][int(policy[s])])
-                    for s in range(16)
-                ]
-    assert model.value(policy, 0.95).tolist() == pytest.approx(discounted)
-    assert model.horizon == 100 and model.returns(policy).tolist() == pytest.approx(hundred)
-
-
-def test_an_environment_without_a_table_has_no_model() -> None:
-    assert bcq.Model.of("CartPole-v1") is None and bcq.Model.of(None) is None
-
-
 # ------------------------------------------------------------------------------------------------------------ evaluation
 
 
@@ -375,26 +328,6 @@ def test_evaluation_is_that_of_a_plain_loop() -> None:
     assert returns.tolist() == lengths.reshape(3, 4).mean(1).tolist()
     discounted = (1 - args.gamma**lengths) / (1 - args.gamma)
     assert value.tolist() == pytest.approx(discounted.reshape(3, 4).mean(1).tolist())
-
-
-class ShortEpisodes:
-    """Stands in for a vector environment: observations count the steps, the n-th episode is cut after n + 1 steps."""
-
-    spec = SimpleNamespace(max_episode_steps=20)
-
-    def __init__(self, num_envs: int) -> None:
-        self.n, self.t = num_envs, 0
-
-    def reset(self, seed: int) -> tuple[np.ndarray, dict]:
-        return np.zeros((self.n, 4), dtype=np.float32), {}
-
-    def step(self, actions: np.ndarray) -> tuple:
-        self.t += 1
-        truncated = np.arange(self.n) < self.t
-        return np.full((self.n, 4), self.t, np.float32), np.ones(self.n), np.zeros(self.n, bool), truncated, {}
-
-    def close(self) -> None:
-        pass
 
 
 def test_a_cut_episode_counts_no_further_and_q_is_that_of_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
