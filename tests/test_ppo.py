@@ -273,6 +273,42 @@ def test_one_token_completions_reach_the_closed_form(tmp_path: Path, beta: float
     assert distance(probabilities(trainer.model.policy)) < 0.05
 
 
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ({"question": ["a"]}, "train_dataset has no column `prompt`; it has: question"),
+        ({"prompt": []}, "train_dataset has no rows"),
+        ({"prompt": ["t1"], "completions": ["x"]}, "rename column completions"),
+    ],
+)
+def test_a_dataset_that_cannot_be_used_is_refused(tmp_path: Path, rows: dict[str, list[str]], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        PPOTrainer(
+            policy(0), lambda **kwargs: [], config(tmp_path), Dataset.from_dict(rows), processing_class=tokenizer()
+        )
+
+
+def test_a_model_that_has_adapters_already_is_refused(tmp_path: Path) -> None:
+    from peft import get_peft_model
+
+    with pytest.raises(ValueError, match="the model has adapters already"):
+        PPOTrainer(
+            get_peft_model(policy(0), lora()), lambda **kwargs: [], config(tmp_path), processing_class=tokenizer()
+        )
+
+
+def test_completions_are_shown_when_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def length(completion_ids, **kwargs):
+        return [float(len(ids)) for ids in completion_ids]
+
+    prompts = Dataset.from_dict({"prompt": ["t1", "t2", "t3", "t4"]})
+    sizes = {"per_device_train_batch_size": 4, "max_completion_length": 3, "num_ppo_epochs": 1, "max_steps": 1}
+    args = config(tmp_path, log_completions=True, num_completions_to_print=2, logging_steps=1, **sizes)
+    PPOTrainer(policy(0), length, args, prompts, processing_class=tokenizer()).train()
+    out = capsys.readouterr().out
+    assert "length" in out and "Advantage" in out
+
+
 def digits(n: int, seed: int) -> Dataset:
     from llmcore_hf.data import toy
 
@@ -292,7 +328,7 @@ def lora() -> Any:
     return LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def small_trainer(folder: Path, peft: Any = None, **options: Any) -> PPOTrainer:
+def small_trainer(folder: Path, peft: Any = None, base: str = "tiny-qwen-base", **options: Any) -> PPOTrainer:
     sizes = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2, "num_mini_batches": 2}
     rates = {
         "num_ppo_epochs": 2,
@@ -302,19 +338,20 @@ def small_trainer(folder: Path, peft: Any = None, **options: Any) -> PPOTrainer:
         "kl_horizon": 200,
     }
     args = config(folder, **{**sizes, **rates, "max_steps": 12, "save_strategy": "steps", "save_steps": 4, **options})
-    return PPOTrainer(
-        str(tiny.ensure("tiny-qwen-base")), correct, args, digits(150, 0), digits(20, 1), peft_config=peft
-    )
+    return PPOTrainer(str(tiny.ensure(base)), correct, args, digits(150, 0), digits(20, 1), peft_config=peft)
 
 
 @slow
-@pytest.mark.parametrize("with_lora", [False, True], ids=["full", "lora"])
-def test_a_resumed_run_ends_like_the_uninterrupted_one(tmp_path: Path, with_lora: bool) -> None:
-    whole = small_trainer(tmp_path / "whole", lora() if with_lora else None)
+@pytest.mark.parametrize("how", ["full", "lora on one backbone", "lora on two"])
+def test_a_resumed_run_ends_like_the_uninterrupted_one(tmp_path: Path, how: str) -> None:
+    def trainer(folder: str, **options: Any) -> PPOTrainer:
+        peft = None if how == "full" else lora()
+        return small_trainer(tmp_path / folder, peft, share_backbone=how != "lora on two", **options)
+
+    whole = trainer("whole")
     whole.train()
-    first = small_trainer(tmp_path / "parts", lora() if with_lora else None, max_steps=4)
-    first.train()
-    second = small_trainer(tmp_path / "parts", lora() if with_lora else None)
+    trainer("parts", max_steps=4).train()
+    second = trainer("parts")
     second.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-4"))
     expected, found = whole.model.state_dict(), second.model.state_dict()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -356,6 +393,29 @@ def test_lora_shares_one_backbone_and_its_base_is_the_reference(tmp_path: Path) 
     for adapter in ("default", "value"):
         assert any(not torch.equal(now[n], p) for n, p in trained.items() if f"lora_B.{adapter}" in n)
     assert not torch.equal(now["value_head.weight"], trained["value_head.weight"])
+
+
+@slow
+@pytest.mark.parametrize("base", ["tiny-qwen-base", "tiny-gpt2"])
+@pytest.mark.parametrize("share", [True, False], ids=["one backbone", "two"])
+def test_adapters_of_policy_and_critic_load_with_peft(tmp_path: Path, share: bool, base: str) -> None:
+    """What is saved gives, on the base model, the log-probabilities and values that the trainer's own modules give."""
+    from peft import AutoPeftModelForCausalLM, AutoPeftModelForTokenClassification
+
+    trainer = small_trainer(tmp_path, lora(), base, max_steps=4, save_strategy="no", share_backbone=share)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    model = trainer.model.eval()
+    inputs = {"input_ids": torch.arange(3, 15).view(1, 12), "attention_mask": torch.ones(1, 12, dtype=torch.long)}
+    policy = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    critic = AutoPeftModelForTokenClassification.from_pretrained(
+        tmp_path / "saved" / "value_model", num_labels=1
+    ).eval()
+    with torch.no_grad():
+        values = model.values(**inputs, n_completion=11)
+        assert values.abs().max() > 0
+        assert torch.allclose(critic(**inputs).logits[:, :, 0], values, atol=1e-5)
+        assert torch.allclose(policy(**inputs).logits, model.policy(**inputs).logits, atol=1e-5)
 
 
 @slow

@@ -517,6 +517,7 @@ def test_a_generation_buffer_decides_where_checkpoints_are_exact(values: dict[st
     micro_steps = next(n for n in range(1, 999) if n * options["gradient_accumulation_steps"] % generate_every == 0)
     assert micro_steps == period
     assert save_period({"gradient_accumulation_steps": 4}) == 1  # sft and dpo buffer nothing
+    assert save_period({"num_ppo_epochs": 3, "num_mini_batches": 2, "gradient_accumulation_steps": 4}) == 6
 
 
 def test_trls_own_config_gives_the_same_period() -> None:

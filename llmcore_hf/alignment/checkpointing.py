@@ -27,8 +27,10 @@ def save_period(values: Mapping[str, Any]) -> int:
 
     TRL's GRPO generates every `steps_per_generation * num_iterations` micro-steps and keeps the answers in a buffer that
     no checkpoint holds. An optimizer step is `gradient_accumulation_steps` micro-steps, so only where a multiple of both
-    is reached the buffer is about to be renewed anyway.
+    is reached the buffer is about to be renewed anyway. PPO keeps each rollout for all its epochs.
     """
+    if "num_ppo_epochs" in values:
+        return values["num_ppo_epochs"] * values["num_mini_batches"]
     if "num_iterations" not in values:
         return 1
     accumulation = values["gradient_accumulation_steps"]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from llmcore_hf.models.loading import stop_ids
 from llmcore_hf.stats import paired_interval
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def generate(
     """Greedy answers of `model` to the prompts, in the order of the prompts; `tools` are those of each prompt."""
     asked = list(zip(prompts, tools or [None] * len(prompts), strict=True))
     found: list[tuple[int, tuple[str, int, bool]]] = []
-    stops = _stop_ids(model, tokenizer)
+    stops = stop_ids(model, tokenizer)
     with evaluating(model):
         for batch in _batches(list(range(len(prompts))), batch_size, accelerator):
             inputs = _encode_prompts(tokenizer, [asked[i] for i in batch]).to(accelerator.device)
@@ -199,12 +200,6 @@ class Questions:
         metrics["completions/terminated"] = [float(ended) for ended in answers.terminated]
         metrics["completions/mean_length"] = [float(n) for n in answers.n_tokens]
         return answers, metrics
-
-
-def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    configured = model.generation_config.eos_token_id
-    ids = configured if isinstance(configured, list) else [configured]
-    return {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
 
 
 def _encode_prompts(tokenizer: PreTrainedTokenizerBase, asked: list[tuple[Text, Any]]) -> Any:

@@ -63,3 +63,10 @@ def context_length(name: str, revision: str, trust_remote_code: bool) -> int | N
 
     config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end a generation: those of the model's generation config and the tokenizer's own."""
+    configured = model.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return [i for i in dict.fromkeys([*ids, tokenizer.eos_token_id]) if i is not None]

@@ -13,23 +13,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoModelForTokenClassification
 from trl.trainer.utils import selective_log_softmax, selective_log_softmax_and_entropy
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel
 
+HEADS = ("score", "classifier")  # names that token classifiers give their last layer
 VALUE = "value"  # name of the critic's adapter
 VALUE_FOLDER = "value_model"  # where the critic is saved, beside the policy
+CHECKPOINT_WEIGHTS = "model.safetensors"  # where the Trainer looks when it resumes
 POLICY_PREFIX = "policy."
 
 
 class PolicyAndValue(nn.Module):
     """What both kinds share: `policy`, a causal language model, and what the Trainer asks of a model."""
-
-    accepts_loss_kwargs = False
 
     def __init__(self, policy: PreTrainedModel, temperature: float) -> None:
         super().__init__()
@@ -70,13 +72,34 @@ class PolicyAndValue(nn.Module):
         """The models whose layers are trained."""
         return [self.policy]
 
-    def is_saved_elsewhere(self, name: str) -> bool:
-        """Whether a weight is not in the `model.safetensors` of a checkpoint, and need not be."""
+    @property
+    def has_adapters(self) -> bool:
+        return hasattr(self.policy, "peft_config")
+
+    def in_checkpoint(self) -> set[str]:
+        """Weights in the `model.safetensors` of a checkpoint: with adapters all that are trained, else the policy's."""
+        if self.has_adapters:
+            return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {name for name in self.state_dict() if name.startswith(POLICY_PREFIX)}
+
+    def save(self, folder: Path, state: dict[str, Tensor], is_checkpoint: bool) -> None:
+        """Write policy and critic, given the state dict of this module, so that `from_pretrained` loads them.
+
+        A checkpoint also gets the `model.safetensors` that the Trainer looks for when it resumes.
+        """
+        self.save_parts(folder, state)
+        if is_checkpoint and self.has_adapters:
+            names = self.in_checkpoint()
+            _save({name: tensor for name, tensor in state.items() if name in names}, folder / CHECKPOINT_WEIGHTS)
+
+    def save_parts(self, folder: Path, state: dict[str, Tensor]) -> None:
         raise NotImplementedError
 
-    def save(self, folder: Path, state: dict[str, Tensor]) -> None:
-        """Write policy and critic, given the state dict of this module, so that `from_pretrained` loads them."""
-        raise NotImplementedError
+    def load_critic(self, folder: Path) -> None:
+        """Bring back what the Trainer does not load from a checkpoint's `model.safetensors`."""
+        if not self.has_adapters:
+            weights = load_file(folder / VALUE_FOLDER / CHECKPOINT_WEIGHTS)
+            self.value_model.load_state_dict(weights, strict=False)  # tied weights are saved once
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, n_completion: int, with_entropy: bool = False
@@ -125,15 +148,12 @@ class SeparateModels(PolicyAndValue):
     def parts(self) -> list[nn.Module]:
         return [self.policy, self.value_model]
 
-    def is_saved_elsewhere(self, name: str) -> bool:
-        return name.startswith("value_model.")
-
     def values(self, input_ids: Tensor, attention_mask: Tensor, n_completion: int) -> Tensor:
         inputs = {"attention_mask": attention_mask, "position_ids": position_ids(attention_mask)}
         logits = self.value_model(input_ids=input_ids, use_cache=False, **inputs).logits  # (B, P + T, 1)
         return logits[:, -n_completion - 1 :, 0].float()
 
-    def save(self, folder: Path, state: dict[str, Tensor]) -> None:
+    def save_parts(self, folder: Path, state: dict[str, Tensor]) -> None:
         """The policy into `folder` and the critic into `folder/value_model`, both as `save_pretrained` does."""
         for model, name, target in (
             (self.policy, POLICY_PREFIX, folder),
@@ -151,13 +171,10 @@ class SharedBackbone(PolicyAndValue):
         value_config = copy.deepcopy(peft_config)
         policy.add_adapter(VALUE, value_config)
         weight = policy.get_output_embeddings().weight
-        self.value_head = nn.Linear(policy.config.get_text_config().hidden_size, 1, bias=False, device=weight.device)
-        nn.init.zeros_(self.value_head.weight)  # every value is 0 before the first update
+        self.value_head = nn.Linear(policy.config.get_text_config().hidden_size, 1, device=weight.device)
+        for parameter in self.value_head.parameters():
+            nn.init.zeros_(parameter)  # every value is 0 before the first update
         self._train_both()
-        self._trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-
-    def is_saved_elsewhere(self, name: str) -> bool:
-        return name not in self._trained
 
     def _train_both(self) -> None:
         # PEFT freezes an adapter that is not active
@@ -183,22 +200,23 @@ class SharedBackbone(PolicyAndValue):
             ).last_hidden_state  # (B, P + T, hidden)
         return self.value_head(hidden[:, -n_completion - 1 :].float()).squeeze(-1)
 
-    def save(self, folder: Path, state: dict[str, Tensor]) -> None:
+    def save_parts(self, folder: Path, state: dict[str, Tensor]) -> None:
         """The policy's adapter into `folder`; the critic's into `folder/value_model`, as one for token classification."""
         from peft import get_peft_model_state_dict
 
         own = {k.removeprefix(POLICY_PREFIX): v for k, v in state.items() if k.startswith(POLICY_PREFIX)}
         self.policy.save_pretrained(folder, selected_adapters=["default"], state_dict=own)
         adapter = get_peft_model_state_dict(self.policy, state_dict=own, adapter_name=VALUE)
-        adapter["base_model.model.score.weight"] = state["value_head.weight"]
+        head = _name_of_head(self.policy.config)
+        for name in ("weight", "bias"):
+            adapter[f"base_model.model.{head}.{name}"] = state[f"value_head.{name}"]
         config = copy.deepcopy(self.policy.peft_config[VALUE])
         config.task_type, config.inference_mode = "TOKEN_CLS", True
-        config.modules_to_save = sorted({*(config.modules_to_save or ()), "score"})
+        config.base_model_name_or_path = self.policy.peft_config["default"].base_model_name_or_path
+        config.modules_to_save = sorted({*(config.modules_to_save or ()), head})
         target = folder / VALUE_FOLDER
         config.save_pretrained(target)
-        save_file(
-            {k: v.contiguous() for k, v in adapter.items()}, target / "adapter_model.safetensors", {"format": "pt"}
-        )
+        _save(adapter, target / "adapter_model.safetensors")
 
 
 def completion_logprobs(
@@ -234,6 +252,17 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
 
 
+def _name_of_head(config: Any) -> str:
+    """What the token classifier of this architecture calls its last layer."""
+    with torch.device("meta"):
+        classifier = AutoModelForTokenClassification.from_config(config)
+    return next(name for name in HEADS if hasattr(classifier, name))
+
+
+def _save(state: dict[str, Tensor], file: Path) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, file, {"format": "pt"})
+
+
 def _base(model: Any) -> Any:
     """The transformers model inside PEFT's wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "peft_config") else model
@@ -244,10 +273,10 @@ def _understand_checkpoint(module: PolicyAndValue, state: dict[str, Tensor], *ar
     own = tuple(name for name, _ in module.named_children())
     for key in [key for key in state if key.split(".")[0] not in own]:
         state[POLICY_PREFIX + key] = state.pop(key)
-    weights = module.state_dict()
+    weights, expected = module.state_dict(), module.in_checkpoint()
     loaded = {weights[key].data_ptr() for key in state if key in weights}
     module._keys_to_ignore_on_save = [
         key
         for key, weight in weights.items()
-        if key not in state and (weight.data_ptr() in loaded or module.is_saved_elsewhere(key))  # tied, or elsewhere
+        if key not in state and (weight.data_ptr() in loaded or key not in expected)  # tied, or elsewhere
     ]

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 Text = str | list[dict[str, Any]]  # plain text, or the turns of a conversation
 RewardFunc = Callable[..., Sequence[float | None]]
-OWN_ARGUMENTS = ("prompt", "completion", "completion_ids")  # columns that would collide with what every function gets
+# Columns of these names would collide with what every function gets, or pass for it.
+OWN_ARGUMENTS = ("prompts", "completion", "completions", "completion_ids", "trainer_state")
 
 
 class RewardError(UserError):

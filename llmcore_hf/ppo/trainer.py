@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -38,6 +37,8 @@ from trl.trainer.utils import (
     print_prompt_completions_sample,
 )
 
+from llmcore_hf.durability import write_atomically
+from llmcore_hf.models.loading import stop_ids
 from llmcore_hf.ppo import losses
 from llmcore_hf.ppo.advantages import (
     AdaptiveKLController,
@@ -51,7 +52,7 @@ from llmcore_hf.ppo.advantages import (
 )
 from llmcore_hf.ppo.config import PPOConfig
 from llmcore_hf.ppo.model import (
-    VALUE_FOLDER,
+    HEADS,
     PolicyAndValue,
     SeparateModels,
     SharedBackbone,
@@ -67,7 +68,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 STATE_FILE = "ppo_state.json"  # what a resumed run needs besides what the Trainer saves
-CHECKPOINT_WEIGHTS = "model.safetensors"  # where the Trainer looks when it resumes
 
 
 class PPOTrainer(Trainer):
@@ -115,6 +115,10 @@ class PPOTrainer(Trainer):
         set_seed(args.seed)  # adapters draw their weights before the Trainer seeds
         for name, dataset in _datasets(train_dataset, eval_dataset):
             _check_columns(name, dataset)
+        if hasattr(model, "peft_config"):
+            raise ValueError(
+                "the model has adapters already: give the base model and a `peft_config`, or merge them first"
+            )
         if args.n_gpu > 1:
             raise ValueError("one process drives one GPU here: start with `accelerate launch`")
         if isinstance(model, str):
@@ -131,7 +135,6 @@ class PPOTrainer(Trainer):
         both = _policy_and_value(model, value_model, peft_config, args)
         if args.disable_dropout:
             disable_dropout_in_model(both)
-        # the new steps on a rollout wait for its first micro-batch, which the sampler makes known
         super().__init__(
             model=both,
             args=args,
@@ -156,9 +159,11 @@ class PPOTrainer(Trainer):
         self.greedy = self._generation_config(do_sample=False)
         self._sampler: RolloutSampler | None = None
         self._updates: Iterator[dict[str, Any] | None] = iter(())
-        self._averages: dict[str, list[Tensor | float]] = defaultdict(list)
+        # since the last log row: means of each rollout, and each micro-batch's part of the mean of its mini-batch
+        self._rollout_means: dict[str, list[float]] = defaultdict(list)
+        self._step_parts: dict[str, list[Tensor]] = defaultdict(list)
         self._step_kl: list[Tensor] = []  # of the micro-batches since the last look at `target_kl`
-        self._table: dict[str, Any] = {}
+        self._table: tuple[Batch, Tensor, list[float]] | None = None  # of the last rollout
         self._began, self._episodes = time.perf_counter(), 0
         self.add_callback(_StateCallback(self))
 
@@ -170,9 +175,6 @@ class PPOTrainer(Trainer):
         return self.accelerator.prepare_model(model, evaluation_mode=True)
 
     def _generation_config(self, do_sample: bool) -> GenerationConfig:
-        own = self.model.generation_config.eos_token_id
-        ends = [own] if isinstance(own, int) else list(own or [])
-        ends = list(dict.fromkeys([*ends, self.processing_class.eos_token_id]))
         how: dict[str, Any] = {"do_sample": False}
         if do_sample:
             how = {
@@ -184,7 +186,7 @@ class PPOTrainer(Trainer):
         return GenerationConfig(
             max_new_tokens=self.args.max_completion_length,
             pad_token_id=self.processing_class.pad_token_id,
-            eos_token_id=[end for end in ends if end is not None],
+            eos_token_id=stop_ids(self.model, self.processing_class),
             **how,
         )
 
@@ -275,10 +277,10 @@ class PPOTrainer(Trainer):
                 "val/ratio": ratio,
             }
             for name, per_token in parts.items():
-                self._averages[name].append(mean(per_token))
+                self._step_parts[name].append(mean(per_token))
             if inputs["first"]:
                 off = torch.where(mask > 0, (ratio - 1).abs(), 0.0).max()
-                self._averages["val/first_ratio_off"].append(off)
+                self._step_parts["val/first_ratio_off"].append(off)
         # DDP and DeepSpeed average over processes what is a sum of parts here
         return loss * args.world_size
 
@@ -309,10 +311,27 @@ class PPOTrainer(Trainer):
             rewards = whiten(rewards, mask, shift_mean=False, reduce=self._sum)
         advantages = gae(rewards, values, mask, bootstrap, args.gamma, args.lam)
         returns = advantages + values
-        self._log_rollout(scores, score, adjusted, ended, mask, logprobs, entropies, ref_logprobs, kl, values, returns)
+        penalty = self.kl_controller.value * kl.sum(1)
+        self._log_rollout(
+            {
+                "objective/kl": kl.sum(1),
+                "objective/kl_k3": (kl_k3(logprobs, ref_logprobs) * mask).sum(1),
+                "objective/entropy": -logprobs.sum(1),
+                "objective/non_score_reward": -penalty,
+                "objective/rlhf_reward": adjusted - penalty,
+                "objective/scores": score,
+                "completions/mean_length": mask.sum(1).float(),
+                "completions/eos_rate": ended.float(),
+                **{f"rewards/{s.name}/mean": column for s, column in zip(self.scorers, scores.T, strict=True)},
+            },
+            entropy=masked_mean(entropies, mask, self._sum),
+            explained_variance=losses.explained_variance(values, returns, mask),
+        )
         if args.whiten_advantages:
             advantages = whiten(advantages, mask, reduce=self._sum)
-        self._table = {"batch": batch, "scores": scores, "advantages": advantages, "mask": mask}
+        if args.log_completions:
+            mean_advantages = (advantages.sum(1) / mask.sum(1)).tolist()
+            self._table = (batch, scores, mean_advantages)
         return Rollout(sequences, logprobs, values, advantages, returns)
 
     def complete(
@@ -431,45 +450,22 @@ class PPOTrainer(Trainer):
         """The tensor summed over all processes."""
         return self.accelerator.reduce(tensor, reduction="sum") if self.args.world_size > 1 else tensor
 
-    def _log_rollout(
-        self,
-        scores: Tensor,
-        score: Tensor,
-        adjusted: Tensor,
-        ended: Tensor,
-        mask: Tensor,
-        logprobs: Tensor,
-        entropies: Tensor,
-        ref_logprobs: Tensor,
-        kl: Tensor,
-        values: Tensor,
-        returns: Tensor,
-    ) -> None:
-        """Means over the completions of all processes, under TRL's names."""
-        coef = self.kl_controller.value
-        per_completion = {
-            "objective/kl": kl.sum(1),
-            "objective/kl_k3": (kl_k3(logprobs, ref_logprobs) * mask).sum(1),
-            "objective/entropy": -logprobs.sum(1),
-            "objective/non_score_reward": -coef * kl.sum(1),
-            "objective/rlhf_reward": adjusted - coef * kl.sum(1),
-            "objective/scores": score,
-            "completions/mean_length": mask.sum(1).float(),
-            "completions/eos_rate": ended.float(),
-        }
-        for scorer, column in zip(self.scorers, scores.T, strict=True):
-            per_completion[f"rewards/{scorer.name}/mean"] = column
+    def _log_rollout(self, per_completion: dict[str, Tensor], entropy: Tensor, explained_variance: Tensor) -> None:
+        """Means of (B,) numbers over the completions of all processes, under TRL's names; then adapt the KL coefficient.
+
+        The explained variance is that of this process's completions.
+        """
         stacked = torch.stack(list(per_completion.values()))  # (names, B)
         sums = self._sum(torch.stack([stacked.nansum(1), (~stacked.isnan()).sum(1)]))
         means = dict(zip(per_completion, (sums[0] / sums[1]).tolist(), strict=True))
-        n = len(mask) * self.args.world_size
+        n = stacked.shape[1] * self.args.world_size
         self._episodes += n
-        means["policy/entropy_avg"] = float(masked_mean(entropies, mask, self._sum))
+        means["policy/entropy_avg"] = float(entropy)
         means["val/num_eos_tokens"] = means["completions/eos_rate"] * n
-        means["val/explained_variance"] = float(losses.explained_variance(values, returns, mask))
-        means["objective/kl_coef"] = coef
+        means["val/explained_variance"] = float(explained_variance)
+        means["objective/kl_coef"] = self.kl_controller.value
         for name, value in means.items():
-            self._averages[f"rollout {name}"].append(value)
+            self._rollout_means[name].append(value)
         self.kl_controller.update(means["objective/kl"], n)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -478,18 +474,15 @@ class PPOTrainer(Trainer):
             logs = {**logs, **self._take_averages()}
             logs["episode"] = self._episodes
             logs["eps"] = self._episodes / (time.perf_counter() - self._began)
-            if self.args.log_completions and self._table:
-                self._print_table()
+            if self._table and self.is_world_process_zero():
+                self._print_table(*self._table)
         super().log(logs, start_time)
 
     def _take_averages(self) -> dict[str, float]:
-        averages, self._averages = self._averages, defaultdict(list)
-        rows = {}
-        for name, values in averages.items():
-            if name.startswith("rollout "):
-                rows[name.removeprefix("rollout ")] = sum(values) / len(values)
-            else:
-                rows[name] = self._average_of_steps(name, torch.stack(values))
+        rows = {name: sum(values) / len(values) for name, values in self._rollout_means.items()}
+        rows |= {name: self._average_of_steps(name, torch.stack(parts)) for name, parts in self._step_parts.items()}
+        self._rollout_means.clear()
+        self._step_parts.clear()
         return rows
 
     def _average_of_steps(self, name: str, parts: Tensor) -> float:
@@ -499,19 +492,11 @@ class PPOTrainer(Trainer):
         steps = len(parts) / self.args.gradient_accumulation_steps
         return float(self._sum(parts.sum()) / steps)
 
-    def _print_table(self) -> None:
-        batch, mask = self._table["batch"], self._table["mask"]
-        if not self.is_world_process_zero():
-            return
-        rewards = {s.name: column.tolist() for s, column in zip(self.scorers, self._table["scores"].T, strict=True)}
-        advantages = (self._table["advantages"].sum(1) / mask.sum(1)).tolist()
+    def _print_table(self, batch: Batch, scores: Tensor, advantages: list[float]) -> None:
+        rewards = {s.name: column.tolist() for s, column in zip(self.scorers, scores.T, strict=True)}
+        n = self.args.num_completions_to_print
         print_prompt_completions_sample(
-            batch.prompts,
-            batch.completions,
-            rewards,
-            advantages,
-            self.state.global_step,
-            self.args.num_completions_to_print,
+            batch.prompts, batch.completions, rewards, advantages, self.state.global_step, n
         )
 
     # ------------------------------------------------------------ saving
@@ -523,19 +508,15 @@ class PPOTrainer(Trainer):
         if not self.args.should_save:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self.accelerator.unwrap_model(self.model_wrapped).save(folder, state)
+        self.accelerator.unwrap_model(self.model_wrapped).save(folder, state, is_checkpoint=_internal_call)
         self.processing_class.save_pretrained(folder)
-        if _internal_call and isinstance(self.model, SharedBackbone):
-            own = {k: v.contiguous() for k, v in state.items() if not self.model.is_saved_elsewhere(k)}
-            save_file(own, folder / CHECKPOINT_WEIGHTS, {"format": "pt"})
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
 
     def _load_state(self, checkpoint: Path) -> None:
         """What the Trainer does not bring back by itself: the critic's weights and the KL coefficient."""
-        if isinstance(self.model, SeparateModels) and not self.is_deepspeed_enabled:
-            weights = load_file(checkpoint / VALUE_FOLDER / CHECKPOINT_WEIGHTS)
-            self.model.value_model.load_state_dict(weights, strict=False)
+        if not self.is_deepspeed_enabled:  # whose engine loads all weights itself
+            self.model.load_critic(checkpoint)
         state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
         self.kl_controller.value = state["kl_coef"]
 
@@ -553,7 +534,7 @@ class _StateCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.should_save:
             file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE
-            file.write_text(json.dumps({"kl_coef": self.trainer.kl_controller.value}), encoding="utf-8")
+            write_atomically(file, json.dumps({"kl_coef": self.trainer.kl_controller.value}))
 
 
 def _datasets(train: Any, evaluation: Any) -> Iterator[tuple[str, Any]]:
@@ -573,13 +554,13 @@ def _check_columns(name: str, dataset: Any) -> None:
         raise ValueError(f"{name} has no rows")
     if columns is not None and "prompt" not in columns:
         raise ValueError(f"{name} has no column `prompt`; it has: {', '.join(columns)}")
-    if taken := sorted(set(columns or ()) & {*OWN_ARGUMENTS[1:], "prompts", "completions", "trainer_state"}):
+    if taken := sorted(set(columns or ()) & set(OWN_ARGUMENTS)):
         raise ValueError(f"{name}: rename column {', '.join(taken)}: reward functions get an argument of that name")
 
 
 def _reference(model: Any, ref_model: Any, peft_config: Any, args: PPOConfig) -> Any:
     """A frozen model, or None where it is not needed or is the policy's base itself."""
-    if args.kl_coef == 0 or (ref_model is None and (peft_config is not None or hasattr(model, "peft_config"))):
+    if args.kl_coef == 0 or (ref_model is None and peft_config is not None):
         return None
     return (ref_model if ref_model is not None else copy.deepcopy(model)).eval().requires_grad_(False)
 
@@ -600,7 +581,7 @@ def _policy_and_value(model: Any, value_model: Any, peft_config: Any, args: PPOC
         return SharedBackbone(get_peft_model(model, copy.deepcopy(peft_config)), peft_config, args.temperature)
     critic = value_model or _copy_as_critic(model)
     config = copy.deepcopy(peft_config)
-    config.task_type = "TOKEN_CLS"
+    config.task_type, config.exclude_modules = "TOKEN_CLS", list(HEADS)  # the head is trained whole, by PEFT itself
     return SeparateModels(
         get_peft_model(model, copy.deepcopy(peft_config)), get_peft_model(critic, config), args.temperature
     )
@@ -612,7 +593,7 @@ def _copy_as_critic(policy: PreTrainedModel) -> PreTrainedModel:
     config.num_labels = 1
     critic = AutoModelForTokenClassification.from_config(config, dtype=policy.dtype).to(policy.device)
     critic.base_model.load_state_dict(policy.base_model.state_dict())
-    head = critic.score if hasattr(critic, "score") else critic.classifier
+    head = next(getattr(critic, name) for name in HEADS if hasattr(critic, name))
     for parameter in head.parameters():
         nn.init.zeros_(parameter)
     return critic
