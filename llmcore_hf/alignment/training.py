@@ -122,12 +122,12 @@ def check_options(config: Config) -> list[str]:
         problems.append(f"--max_steps must be greater than 0, or -1 to count epochs, not {values['max_steps']}")
     if not 0 <= values["seed"] < 2**32:
         problems.append(f"--seed must lie between 0 and 2**32 - 1, not {values['seed']}")
-    if values["truncation_mode"] != "keep_start":
+    if values.get("truncation_mode", "keep_start") != "keep_start":
         problems.append("--truncation_mode keep_end is on its way out of TRL and not supported here: use keep_start")
     problems += _check_data(values)
     if not 0 < values["test_split_size"] < 1:
         problems.append(f"--test_split_size must lie between 0 and 1, not {values['test_split_size']}")
-    if values["max_generation_samples"] < 0:
+    if values.get("max_generation_samples", 0) < 0:
         problems.append(f"--max_generation_samples must not be negative, not {values['max_generation_samples']}")
     if values["enable_jit_checkpoint"]:
         problems.append(
