@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Text = str | list[dict[str, Any]]
+
+
+@dataclass
+class GenerationArguments:
+    """Answers to held-out prompts, before and after training."""
+
+    max_generation_samples: int = field(
+        default=64, metadata={"help": "Answer the first N held-out prompts, before and after training."}
+    )
+    max_new_tokens: int = field(default=128, metadata={"help": "Length limit of those answers, in tokens."})
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from llmcore_hf.alignment.checkpointing import (
 )
 from llmcore_hf.config import COMMAND_LINE, Config
 from llmcore_hf.data.loading import Splits, column_mapping, looks_like_path
+from llmcore_hf.data.preparing import PROMPT_BYTES, PROMPT_TURNS
 from llmcore_hf.data.problems import DROP
 from llmcore_hf.data.toy import TOY_DATASETS
 from llmcore_hf.durability import Interrupted, move_into_place, storage_trouble
@@ -128,7 +129,7 @@ def check_options(config: Config) -> list[str]:
     problems += _check_data(values, registry.get(config.module).trains_on)
     if not 0 < values["test_split_size"] < 1:
         problems.append(f"--test_split_size must lie between 0 and 1, not {values['test_split_size']}")
-    if values["max_generation_samples"] < 0:
+    if values.get("max_generation_samples", 0) < 0:
         problems.append(f"--max_generation_samples must not be negative, not {values['max_generation_samples']}")
     if values["enable_jit_checkpoint"]:
         problems.append(
@@ -275,6 +276,7 @@ class PromptLimit:
     """
 
     SLACK = 2  # tokens per turn that text and template may make more together than apart
+    measured = PROMPT_BYTES, PROMPT_TURNS
 
     def __init__(
         self,
@@ -287,18 +289,21 @@ class PromptLimit:
         self.fills = fills or f"fills --max_length {max_length}"
 
     def may_be_too_long(self, n_bytes: np.ndarray, n_turns: np.ndarray) -> np.ndarray:
-        """(N,) False where prompts of that many bytes and turns certainly fit."""
+        """(N,) False where texts of that many bytes and turns certainly fit."""
         first, more = self._template_tokens
         template = np.where(n_turns > 0, first + np.maximum(n_turns - 1, 0) * more, self.SLACK)
         return n_bytes + template >= self.max_length
 
     def problem(self, row: dict[str, Any]) -> str | None:
-        """What is wrong with the length of a row; None when its prompt fits."""
+        """What is wrong with the length of a row; None when it fits."""
         try:
-            n = self.encode(row).n_prompt
+            return self._problem_of(self.encode(row))
         except REFUSALS:  # the trainer will refuse the row in the same way, and `explaining` says so
             return None
-        return f"its prompt of {n} tokens {self.fills}" if n >= self.max_length else None
+
+    def _problem_of(self, row: evaluation.Encoded) -> str | None:
+        too_long = row.n_prompt >= self.max_length
+        return f"its prompt of {row.n_prompt} tokens {self.fills}" if too_long else None
 
     @functools.cached_property
     def _template_tokens(self) -> tuple[float, float]:
@@ -371,6 +376,10 @@ class RunCallback(TrainerCallback):
         "rewards/margins",
         "eval_rewards/accuracies",
         "eval_rewards/margins",
+        "accuracy",
+        "margin",
+        "eval_accuracy",
+        "eval_margin",
         "reward",
         "objective/rlhf_reward",
         "objective/kl",
@@ -538,11 +547,7 @@ tags:
 {seed}. `resolved_config.yaml` in this folder repeats the run.
 
 ```python
-from transformers import pipeline
-
-generator = pipeline("text-generation", model="path/to/this/folder")
-print(generator([{{"role": "user", "content": "..."}}], max_new_tokens=64)[0]["generated_text"][-1])
-```
+{usage}```
 
 ## What this run measured
 
@@ -554,7 +559,15 @@ On held-out rows, before and after training; `summary.json` has the intervals an
 """
 
 
-def write_model_card(run: RunDirectory, trainer: Trainer, job: Job, splits: Splits) -> None:
+USAGE = """\
+from transformers import pipeline
+
+generator = pipeline("text-generation", model="path/to/this/folder")
+print(generator([{"role": "user", "content": "..."}], max_new_tokens=64)[0]["generated_text"][-1])
+"""
+
+
+def write_model_card(run: RunDirectory, trainer: Trainer, job: Job, splits: Splits, usage: str = USAGE) -> None:
     """A model card from what the run knows. TRL's own card needs hub ids, which a local model does not have."""
     block = run.summary["eval"]
     rows = [
@@ -574,12 +587,18 @@ def write_model_card(run: RunDirectory, trainer: Trainer, job: Job, splits: Spli
         n_train=run.summary["data"]["n_train"],
         seed=run.config.values["seed"],
         rows="\n".join(rows),
+        usage=usage,
     )
     run.write("README.md", card)
 
 
-def describe_data(splits: Splits, trainer: Trainer, shares: dict[str, float | None], n_eval: int) -> dict[str, Any]:
-    """The `data` block of a summary.
+PROMPT_FILLS = "their prompt fills --max_length {} and leaves no room for an answer"
+
+
+def describe_data(
+    splits: Splits, trainer: Trainer, shares: dict[str, float | None], n_eval: int, too_long: str = PROMPT_FILLS
+) -> dict[str, Any]:
+    """The `data` block of a summary; `too_long` says why the trainer leaves out rows, with a place for the limit.
 
     Raises:
         UserError: the trainer leaves out rows, and the user has not said to go on without bad rows.
@@ -592,10 +611,8 @@ def describe_data(splits: Splits, trainer: Trainer, shares: dict[str, float | No
         n_left_out += n_train - len(trainer.train_dataset)
         n_train = len(trainer.train_dataset)
     if n_left_out:
-        text = (
-            f"{n_left_out} rows of {splits.source} cannot be trained on: their prompt fills --max_length "
-            f"{trainer.args.max_length} and leaves no room for an answer"
-        )
+        why = too_long.format(trainer.args.max_length)
+        text = f"{n_left_out} rows of {splits.source} cannot be trained on: {why}"
         if splits.on_bad_rows != DROP:
             raise UserError(f"{text}. Raise it, or go on without these rows with --on_bad_rows drop")
         if distributed.is_main_process():

@@ -68,10 +68,6 @@ class DataArguments(ScriptArguments):
     max_eval_samples: int | None = field(
         default=500, metadata={"help": "Evaluate on N held-out rows only; `none` for all."}
     )
-    max_generation_samples: int = field(
-        default=64, metadata={"help": "Answer the first N held-out prompts, before and after training."}
-    )
-    max_new_tokens: int = field(default=128, metadata={"help": "Length limit of those answers, in tokens."})
 
 
 def column_mapping(text: str | None, task: str | None = None) -> dict[str, str]:

@@ -26,10 +26,12 @@ if TYPE_CHECKING:
 FILE, ROW, LINE = "__file__", "__row__", "__line__"  # where it stands
 KEY, PROMPT_KEY = "__key__", "__prompt_key__"  # hashes of the row and of its prompt
 PROMPT_BYTES, PROMPT_TURNS = "__prompt_bytes__", "__prompt_turns__"  # its prompt's size; turns is 0 for plain text
+ROW_BYTES, ROW_TURNS = "__row_bytes__", "__row_turns__"  # the same of its prompt and its longest answer together
 UNBOUNDED = 2**40  # bytes of tools, tool calls and images: only tokenizing them tells
 ASKS = "__asks__"  # 1: the prompt ends with a question mark, 2: the answer does
 PROBLEMS = "__problems__"  # JSON, null when there are none
-META = (FILE, ROW, LINE, KEY, PROMPT_KEY, PROMPT_BYTES, PROMPT_TURNS, ASKS, PROBLEMS)
+META = (FILE, ROW, LINE, KEY, PROMPT_KEY, PROMPT_BYTES, PROMPT_TURNS, ROW_BYTES, ROW_TURNS, ASKS, PROBLEMS)
+ANSWERS = ("text", "completion", "chosen", "rejected")
 HALF_A_CHARACTER = "holds half of a surrogate pair, which is no text"
 QUESTION_MARKS = ("?", "？")
 
@@ -131,7 +133,7 @@ def features_of(
             features[name] = image_feature(given, decode=True) or given  # the vision modules want images, not bytes
         else:
             features[name] = handed_on[name]
-    numbers = dict.fromkeys((ROW, LINE, KEY, PROMPT_KEY, PROMPT_BYTES, PROMPT_TURNS, ASKS), Value("int64"))
+    numbers = {name: Value("int64") for name in META if name not in (FILE, PROBLEMS)}
     return Features({**features, FILE: Value("string"), **numbers, PROBLEMS: Value("string")})
 
 
@@ -231,12 +233,17 @@ def _known_about(converted: Row, others: Row | None = None) -> Row:
     """What is known about a row in TRL's columns; `others` are columns that only make it differ from another row."""
     prompt = formats.prompt_of(converted)
     turns = prompt if isinstance(prompt, list) else []
-    key = _hash((others or {}) | converted)
+    answers = [converted[name] for name in ANSWERS if name in converted] or [
+        converted.get("messages", [])[len(turns) :]
+    ]
+    key, n_bytes = _hash((others or {}) | converted), _size(prompt) + _size(converted.get("tools"))
     return {
         KEY: key,
         PROMPT_KEY: key if prompt is None else _hash(prompt),
-        PROMPT_BYTES: _size(prompt) + _size(converted.get("tools")),
+        PROMPT_BYTES: n_bytes,
         PROMPT_TURNS: len(turns),
+        ROW_BYTES: n_bytes + max(map(_size, answers)),
+        ROW_TURNS: len(turns) + max(len(answer) if isinstance(answer, list) else 0 for answer in answers),
         ASKS: _asks(turns[-1].get("content") if turns else prompt) + 2 * _asks(_last_text(converted)),
     }
 
