@@ -57,6 +57,15 @@ MODULES = (
         "llmcore_hf.alignment.dpo",
         trains_on="preference",
     ),
+    Module(
+        "reward",
+        6,
+        3,
+        "奖励模型：从偏好学打分",
+        "Reward modelling: scores from preferences",
+        "llmcore_hf.alignment.reward",
+        trains_on="preference",
+    ),
     Module("cql", 10, 4, "离线强化学习：保守 Q 学习 CQL", "Offline RL: conservative Q-learning"),
     Module("bcq", 11, 4, "离线强化学习：批约束 Q 学习 BCQ", "Offline RL: batch-constrained Q-learning"),
 )
