@@ -66,6 +66,18 @@ MODULES = (
         "llmcore_hf.alignment.reward",
         trains_on="preference",
     ),
+    Module(
+        "ppo", 7, 4, "PPO：近端策略优化", "Proximal policy optimization", "llmcore_hf.alignment.ppo", trains_on="prompt"
+    ),
+    Module(
+        "grpo",
+        8,
+        4,
+        "GRPO：组内相对策略优化",
+        "Group relative policy optimization",
+        "llmcore_hf.alignment.grpo",
+        trains_on="prompt",
+    ),
     Module("cql", 10, 4, "离线强化学习：保守 Q 学习 CQL", "Offline RL: conservative Q-learning"),
     Module("bcq", 11, 4, "离线强化学习：批约束 Q 学习 BCQ", "Offline RL: batch-constrained Q-learning"),
 )

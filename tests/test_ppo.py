@@ -149,7 +149,7 @@ def test_reward_functions_get_what_trls_get() -> None:
         return [1, None]
 
     (scorer,) = rewards.make_scorers(func, [2.0])
-    found = scorer(some_batch(), "state", 8)
+    found = scorer(some_batch(), 8, trainer_state="state")
     assert found[0] == 1 and found[1].isnan()
     assert seen == {
         "prompts": ["p0", "p1"],
@@ -176,7 +176,7 @@ def test_a_wrong_reward_names_function_batch_and_sample(returned: Any, words: st
 
     (scorer,) = rewards.make_scorers(my_reward, None)
     with pytest.raises(rewards.RewardError, match="my_reward") as caught:
-        scorer(some_batch(), None, 8)
+        scorer(some_batch(), 8, trainer_state=None)
     assert words in str(caught.value) and "the rollout before step 1" in str(caught.value)
 
 

@@ -1,8 +1,8 @@
 """Held-out evaluation, the same before and after training: log-likelihoods, scores and generated answers.
 
 It tokenizes on its own, through the same chat template as TRL, so that it also checks what TRL trains on. Rows are
-shared out over the processes and gathered again; greedy decoding draws no random numbers, so that evaluating changes
-nothing in the training that follows.
+shared out over the processes and gathered again; greedy decoding draws no random numbers, and sampling puts the
+generators back, so that evaluating changes nothing in the training that follows.
 """
 
 from __future__ import annotations
@@ -60,11 +60,15 @@ class Likelihoods:
 
 @dataclass(frozen=True)
 class Answers:
-    """Per row: the generated text, its length in tokens, and whether the model ended it by itself."""
+    """Per row: the generated text, its tokens with the one that ended it, and whether the model ended it by itself."""
 
     texts: list[str]
-    n_tokens: list[int]
+    ids: list[list[int]]
     terminated: list[bool]
+
+    @property
+    def n_tokens(self) -> list[int]:
+        return [len(ids) for ids in self.ids]
 
 
 def encode(
@@ -191,31 +195,38 @@ def generate(
     batch_size: int,
     accelerator: Accelerator,
     tools: Sequence[Any] | None = None,
+    sampling: dict[str, Any] | None = None,
 ) -> Answers:
-    """Greedy answers of `model` to the prompts, in the order of the prompts; `tools` are those of each prompt."""
+    """Answers of `model` to the prompts, in the order of the prompts; `tools` are those of each prompt.
+
+    Greedy without `sampling`, which holds `temperature`, `top_p` and `top_k`. Samples are drawn with a fixed seed, and the
+    generators are then as they were.
+    """
     asked = list(zip(prompts, tools or [None] * len(prompts), strict=True))
-    found: list[tuple[int, tuple[str, int, bool]]] = []
+    found: list[tuple[int, tuple[str, list[int], bool]]] = []
     stops = stop_ids(model, tokenizer)
-    with evaluating(model):
+    how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if sampling:
+        how = {"do_sample": True, **sampling}
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    with evaluating(model), torch.random.fork_rng(devices):
+        torch.manual_seed(accelerator.process_index)
         for batch in _batches(list(range(len(prompts))), batch_size, accelerator):
             inputs = _encode_prompts(tokenizer, [asked[i] for i in batch]).to(accelerator.device)
             with accelerator.autocast():
                 output = model.generate(
                     **inputs,
                     max_new_tokens=max_new_tokens,
-                    do_sample=False,
                     use_cache=True,  # the trainers turn it off in the model's config
-                    temperature=None,
-                    top_p=None,
-                    top_k=None,
                     pad_token_id=tokenizer.pad_token_id,
+                    **how,
                 )
             for i, ids in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
                 length = next((n + 1 for n, token in enumerate(ids) if token in stops), len(ids))
                 ended = bool(ids[:length]) and ids[length - 1] in stops
-                found.append((i, (tokenizer.decode(ids[:length], skip_special_tokens=True), length, ended)))
-    texts, lengths, ended_flags = zip(*_gather_in_order(found, accelerator), strict=True)
-    return Answers(list(texts), list(lengths), list(ended_flags))
+                found.append((i, (tokenizer.decode(ids[:length], skip_special_tokens=True), ids[:length], ended)))
+    texts, completion_ids, ended_flags = zip(*_gather_in_order(found, accelerator), strict=True)
+    return Answers(list(texts), list(completion_ids), list(ended_flags))
 
 
 @dataclass

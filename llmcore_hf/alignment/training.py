@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 from trl import ModelConfig
 
-from llmcore_hf import distributed
+from llmcore_hf import distributed, registry
 from llmcore_hf.alignment import evaluation
 from llmcore_hf.alignment.checkpointing import (
     CheckpointCallback,
@@ -57,6 +57,7 @@ POSITIVE = (
     "learning_rate",
     "num_train_epochs",
     "max_length",
+    "max_completion_length",
     "max_train_samples",
     "max_eval_samples",
     "max_new_tokens",
@@ -126,7 +127,7 @@ def check_options(config: Config) -> list[str]:
         problems.append(f"--seed must lie between 0 and 2**32 - 1, not {values['seed']}")
     if values.get("truncation_mode", "keep_start") != "keep_start":
         problems.append("--truncation_mode keep_end is on its way out of TRL and not supported here: use keep_start")
-    problems += _check_data(values)
+    problems += _check_data(values, registry.get(config.module).trains_on)
     if not 0 < values["test_split_size"] < 1:
         problems.append(f"--test_split_size must lie between 0 and 1, not {values['test_split_size']}")
     if values.get("max_generation_samples", 0) < 0:
@@ -139,10 +140,10 @@ def check_options(config: Config) -> list[str]:
     return problems + _check_trackers(values["report_to"]) + _check_peft(config) + _check_precision(values)
 
 
-def _check_data(values: dict[str, Any]) -> list[str]:
+def _check_data(values: dict[str, Any], task: str | None) -> list[str]:
     problems = []
     try:
-        column_mapping(values["columns"])
+        column_mapping(values["columns"], task)
     except ValueError as error:
         problems.append(f"--columns: {error}")
     if values["dataset_streaming"]:
@@ -239,10 +240,10 @@ def prepare(config: Config, model_args: ModelConfig, training_args: Any) -> Job:
     quieten()
     set_seed(training_args.seed)
     job = load_job(str(model_args.model_name_or_path), model_args.model_revision, training_args.trust_remote_code)
-    if job.context and (training_args.max_length or 0) > job.context:
-        raise UserError(
-            f"--max_length {training_args.max_length} is more than the {job.context} tokens of {job.name}'s context"
-        )
+    for option in ("max_length", "max_completion_length"):
+        n_tokens = getattr(training_args, option, None)
+        if job.context and (n_tokens or 0) > job.context:
+            raise UserError(f"--{option} {n_tokens} is more than the {job.context} tokens of {job.name}'s context")
     training_args.model_init_kwargs = loading.init_kwargs(model_args, training_args.model_init_kwargs)
     return job
 
@@ -272,6 +273,7 @@ class PromptLimit:
     Args:
         encode: a row -> its tokens; what stands before the first answer counts as the prompt.
         max_length: tokens of prompt and answer together.
+        fills: what a prompt of so many tokens does, for the message.
     """
 
     SLACK = 2  # tokens per turn that text and template may make more together than apart
@@ -282,8 +284,10 @@ class PromptLimit:
         tokenizer: PreTrainedTokenizerBase,
         encode: Callable[[dict[str, Any]], evaluation.Encoded],
         max_length: int,
+        fills: str | None = None,
     ) -> None:
         self.tokenizer, self.encode, self.max_length = tokenizer, encode, max_length
+        self.fills = fills or f"fills --max_length {max_length}"
 
     def may_be_too_long(self, n_bytes: np.ndarray, n_turns: np.ndarray) -> np.ndarray:
         """(N,) False where texts of that many bytes and turns certainly fit."""
@@ -299,8 +303,8 @@ class PromptLimit:
             return None
 
     def _problem_of(self, row: evaluation.Encoded) -> str | None:
-        fills = row.n_prompt >= self.max_length
-        return f"its prompt of {row.n_prompt} tokens fills --max_length {self.max_length}" if fills else None
+        too_long = row.n_prompt >= self.max_length
+        return f"its prompt of {row.n_prompt} tokens {self.fills}" if too_long else None
 
     @functools.cached_property
     def _template_tokens(self) -> tuple[float, float]:
@@ -377,6 +381,13 @@ class RunCallback(TrainerCallback):
         "margin",
         "eval_accuracy",
         "eval_margin",
+        "reward",
+        "objective/rlhf_reward",
+        "objective/kl",
+        "kl",
+        "completions/mean_length",
+        "eval_reward",
+        "eval_sampled_reward",
     )
 
     def __init__(self, run: RunDirectory, trainer: Trainer) -> None:
@@ -498,7 +509,7 @@ def train(trainer: Trainer, run: RunDirectory) -> None:
         raise KeyboardInterrupt
     if not all(torch.isfinite(p).all() for p in trainer.model.parameters()):
         raise Diverged("the weights are not finite after training: lower --learning_rate or add --warmup_steps")
-    if not any("eval_loss" in row and row["step"] == step for row in run.history):
+    if not any(row["step"] == step and any(name.startswith("eval_") for name in row) for row in run.history):
         trainer.evaluate()  # the last point of the held-out curve, whatever --eval_strategy says
     save(trainer, run)
 
@@ -533,7 +544,7 @@ tags:
 
 # {title}
 
-`{model}` trained with module `{module}` of LLM-Core (TRL's {trainer}) on `{source}` ({format}): {n_train} rows, seed
+`{model}` trained with module `{module}` of LLM-Core ({trainer}) on `{source}` ({format}): {n_train} rows, seed
 {seed}. `resolved_config.yaml` in this folder repeats the run.
 
 ```python
@@ -571,7 +582,7 @@ def write_model_card(run: RunDirectory, trainer: Trainer, job: Job, splits: Spli
         base=f"base_model: {job.name}\n" if on_hub else "",
         title=run.path.name,
         model=job.name,
-        trainer=type(trainer).__name__,
+        trainer=f"{'TRL' if type(trainer).__module__.startswith('trl.') else 'its own'} {type(trainer).__name__}",
         source=splits.source,
         format=splits.format,
         n_train=run.summary["data"]["n_train"],
@@ -641,12 +652,13 @@ def record_stream(run: RunDirectory, splits: Splits) -> None:
 def describe_model(trainer: Trainer, job: Job) -> dict[str, Any]:
     """The `model` block of a summary."""
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    trained = getattr(model, "policy", model)  # PPO's module holds the critic as well
     tokenizer = job.tokenizer
     return {
         "name_or_path": job.name,
         "n_params": sum(p.numel() for p in model.parameters()),
         "n_trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "peft": type(model.active_peft_config).__name__ if hasattr(model, "active_peft_config") else None,
+        "peft": type(trained.active_peft_config).__name__ if hasattr(trained, "active_peft_config") else None,
         "pad_token": tokenizer.pad_token,
         "eos_token": tokenizer.eos_token,
         "pad_is_eos": tokenizer.pad_token_id == tokenizer.eos_token_id,

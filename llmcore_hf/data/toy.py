@@ -109,7 +109,12 @@ def toy_sort_preference() -> DatasetDict:
     )
 
 
-TOY_DATASETS = {"toy-sort": toy_sort, "toy-sort-preference": toy_sort_preference}
+def toy_sort_prompt() -> DatasetDict:
+    """Conversational prompts for online RL, with the answer that a reward function compares with: `prompt`, `answer`."""
+    return _dataset_dict(lambda prompt, digits: {"prompt": _user(prompt), "answer": ascending(digits)})
+
+
+TOY_DATASETS = {"toy-sort": toy_sort, "toy-sort-preference": toy_sort_preference, "toy-sort-prompt": toy_sort_prompt}
 
 
 def undecided_corpus(n: int) -> list[tuple[str, str]]:
