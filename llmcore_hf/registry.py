@@ -58,6 +58,15 @@ MODULES = (
         trains_on="preference",
     ),
     Module(
+        "reward",
+        6,
+        3,
+        "奖励模型：从偏好学打分",
+        "Reward modelling: scores from preferences",
+        "llmcore_hf.alignment.reward",
+        trains_on="preference",
+    ),
+    Module(
         "ppo", 7, 4, "PPO：近端策略优化", "Proximal policy optimization", "llmcore_hf.alignment.ppo", trains_on="prompt"
     ),
     Module(

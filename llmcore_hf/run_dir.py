@@ -40,6 +40,8 @@ HIGHER_IS_BETTER = {
     "loss": False,
     "perplexity": False,
     "mean_token_accuracy": True,
+    "accuracy": True,
+    "margin": True,
     "rewards/accuracies": True,
     "rewards/margins": True,
     "return": True,

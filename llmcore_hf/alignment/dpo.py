@@ -257,8 +257,6 @@ def _encode(row: dict[str, Any], job: Job) -> tuple[evaluation.Encoded, evaluati
 
 def start_checks(before: Measured, has_reference: bool, splits: Splits) -> list[Check]:
     """What must hold before the first step."""
-    pairs = [*itertools.islice(splits.train, training.N_MEASURED), *splits.test]
-    n_equal = sum(row["chosen"] == row["rejected"] for row in pairs)
     return [
         Check(
             "dpo.step0_loss_is_ln2",
@@ -270,15 +268,7 @@ def start_checks(before: Measured, has_reference: bool, splits: Splits) -> list[
             "Before training policy and reference agree, so the loss is -log sigmoid(0); if not, the reference is not "
             "a copy of the policy.",
         ),
-        Check(
-            "dpo.chosen_differs_from_rejected",
-            "invariant",
-            n_equal == 0,
-            {"pairs": len(pairs), "equal": n_equal},
-            "0 equal pairs",
-            "chosen 与 rejected 相同的样本不含偏好信息，梯度为零。",
-            "A pair whose answers agree holds no preference and gives no gradient.",
-        ),
+        training.pair_check("dpo", splits),
     ]
 
 

@@ -33,6 +33,7 @@ from llmcore_hf.alignment.checkpointing import (
     dropping_half_written,
     take_up,
 )
+from llmcore_hf.checks import Check
 from llmcore_hf.config import COMMAND_LINE, Config
 from llmcore_hf.data.loading import Splits, column_mapping, looks_like_path
 from llmcore_hf.data.preparing import PROMPT_BYTES, PROMPT_TURNS
@@ -662,6 +663,21 @@ def describe_model(trainer: Trainer, job: Job) -> dict[str, Any]:
         "eos_token": tokenizer.eos_token,
         "pad_is_eos": tokenizer.pad_token_id == tokenizer.eos_token_id,
     }
+
+
+def pair_check(module: str, splits: Splits) -> Check:
+    """No pair of the data may hold the same answer twice."""
+    pairs = [*itertools.islice(splits.train, N_MEASURED), *splits.test]
+    n_equal = sum(row["chosen"] == row["rejected"] for row in pairs)
+    return Check(
+        f"{module}.chosen_differs_from_rejected",
+        "invariant",
+        n_equal == 0,
+        {"pairs": len(pairs), "equal": n_equal},
+        "0 equal pairs",
+        "chosen 与 rejected 相同的样本不含偏好信息，梯度为零。",
+        "A pair whose answers agree holds no preference and gives no gradient.",
+    )
 
 
 def token_shares(rows: list[evaluation.Encoded], max_length: int | None) -> dict[str, float | None]:
