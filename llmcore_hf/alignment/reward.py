@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
-TASK_TYPE = "SEQ_CLS"  # PEFT trains the head of such a model, and saves it with the adapter
+TASK_TYPE = "SEQ_CLS"
 HEADS = ("score", "classifier")  # its name, as PEFT knows it
 N_READ = 16  # held-out rows on which the place where the score is read is looked at
 MAX_SCORE = 50.0  # sigmoid is 1 in any precision long before
@@ -57,8 +57,11 @@ def argument_classes() -> tuple[type, ...]:
 
 
 def house_defaults(explicit: dict[str, Any]) -> dict[str, Any]:
-    """With LoRA, train the new head whole: TRL's default leaves it as it was drawn, and out of the adapter."""
-    return training.house_defaults(explicit) | {"lora_task_type": TASK_TYPE, "lora_modules_to_save": ["score"]}
+    """With LoRA, PEFT shall train the head whole and save it: `modules_to_save` of this task type holds it.
+
+    TRL's default task type leaves the head as it was drawn, and out of the adapter.
+    """
+    return training.house_defaults(explicit) | {"lora_task_type": TASK_TYPE}
 
 
 def check(config: Config) -> list[str]:
