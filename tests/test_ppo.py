@@ -185,7 +185,21 @@ def test_a_reward_that_raises_is_named() -> None:
         raise KeyError("answer")
 
     with pytest.raises(rewards.RewardError, match=r"`broken` failed on the rollout before step 1: KeyError: 'answer'"):
-        rewards.make_scorers(broken, None)[0](some_batch(), None, 8)
+        rewards.make_scorers(broken, None)[0](some_batch(), 8)
+
+
+def test_a_reward_may_be_a_coroutine_and_log_on_its_own() -> None:
+    logged = {}
+
+    async def judge(completions, log_metric, log_extra, **kwargs):
+        log_metric("judge/calls", float(len(completions)))
+        log_extra("verdict", ["good"] * len(completions))
+        return [0.5] * len(completions)
+
+    (scorer,) = rewards.make_scorers(judge, None)
+    found = scorer(some_batch(), 8, log_metric=logged.__setitem__, log_extra=logged.__setitem__)
+    assert found.tolist() == [0.5, 0.5]
+    assert logged == {"judge/calls": 2.0, "verdict": ["good", "good"]}
 
 
 def test_no_function_has_anything_to_say() -> None:
