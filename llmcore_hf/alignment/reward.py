@@ -28,13 +28,13 @@ from llmcore_hf.data.loading import DataArguments, Splits, load
 from llmcore_hf.data.preparing import ROW_BYTES, ROW_TURNS
 from llmcore_hf.errors import UserError
 from llmcore_hf.run_dir import RunDirectory
-from llmcore_hf.stats import paired_interval
+from llmcore_hf.stats import paired_interval, share_interval
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
-TASK_TYPE = "SEQ_CLS"  # PEFT trains the head of such a model, and saves it with the adapter
+TASK_TYPE = "SEQ_CLS"
 HEADS = ("score", "classifier")  # its name, as PEFT knows it
 N_READ = 16  # held-out rows on which the place where the score is read is looked at
 MAX_SCORE = 50.0  # sigmoid is 1 in any precision long before
@@ -57,8 +57,11 @@ def argument_classes() -> tuple[type, ...]:
 
 
 def house_defaults(explicit: dict[str, Any]) -> dict[str, Any]:
-    """With LoRA, train the new head whole: TRL's default leaves it as it was drawn, and out of the adapter."""
-    return training.house_defaults(explicit) | {"lora_task_type": TASK_TYPE, "lora_modules_to_save": ["score"]}
+    """With LoRA, PEFT shall train the head whole and save it: `modules_to_save` of this task type holds it.
+
+    TRL's default task type leaves the head as it was drawn, and out of the adapter.
+    """
+    return training.house_defaults(explicit) | {"lora_task_type": TASK_TYPE}
 
 
 def check(config: Config) -> list[str]:
@@ -66,8 +69,8 @@ def check(config: Config) -> list[str]:
     values, problems = config.values, training.check_options(config)
     if values["use_peft"] and values["lora_task_type"] != TASK_TYPE:
         problems.append(
-            f"--lora_task_type {values['lora_task_type']} would neither train the score head nor save it with the "
-            f"adapter: leave it at {TASK_TYPE}"
+            f"--lora_task_type {values['lora_task_type']} is not for reward models, whose head must be trained and saved "
+            f"with the adapter: leave it at {TASK_TYPE}"
         )
     coefficient = values["center_rewards_coefficient"]
     if coefficient is not None and not 0 <= coefficient < math.inf:
@@ -293,19 +296,17 @@ def agreement_check(history: list[dict[str, Any]], before: Scores, after: Scores
 
     The head starts with random weights, so the first loss is only near ln 2 and no constant to compare with.
     """
-    theirs = [row["eval_loss"] for row in history if "eval_loss" in row]
+    theirs = {row["step"]: row["eval_loss"] for row in history if "eval_loss" in row}
+    first, last = theirs.get(0), None if args.load_best_model_at_end else theirs[max(theirs)]
     ours = [scores.objective(args.center_rewards_coefficient) for scores in (before, after)]
-    observed = {"trainer_first": theirs[0], "first": ours[0], "trainer_last": theirs[-1], "last": ours[1]}
-    # With several processes an incomplete last batch is weighted differently; the best model is another than the last.
-    comparable = (
-        len(before.chosen) % (args.eval_batch_size * distributed.world_size()) == 0 or distributed.world_size() == 1
-    )
-    pairs = [(theirs[0], ours[0])] + ([] if args.load_best_model_at_end else [(theirs[-1], ours[1])])
+    compared = [(a, b) for a, b in zip((first, last), ours, strict=True) if a is not None]
+    if distributed.world_size() > 1 and len(before.chosen) % (args.eval_batch_size * distributed.world_size()):
+        compared = []  # the Trainer then weighs an incomplete last batch differently
     return Check(
         "reward.loss_is_that_of_the_evaluation",
         "invariant",
-        all(_close(a, b, args) for a, b in pairs) if comparable else None,
-        observed,
+        all(_close(a, b, args) for a, b in compared) if compared else None,
+        {"trainer_first": first, "first": ours[0], "trainer_last": last, "last": ours[1]},
         "the trainer's held-out loss, first and last, equals ours",
         "训练器在留出集上的损失与独立计算的不一致：chosen/rejected 顺序、符号、分词或中心化项有一处不同。",
         "The trainer's loss differs from an independent one on the same pairs: order of the pair, sign, tokenization or "
@@ -367,7 +368,8 @@ def reading_checks(trainer: RewardTrainer, job: Job, rows: list[Encoded]) -> lis
 
 def head_check(run_dir: Path, peft: bool) -> Check:
     """The score head must be in the saved adapter; without it every load draws a new one."""
-    found = _head_sizes(run_dir / "adapter_model.safetensors") if peft and distributed.is_main_process() else {}
+    file = run_dir / "adapter_model.safetensors"
+    found = distributed.broadcast(_head_sizes(file) if peft and distributed.is_main_process() else {})
     return Check(
         "reward.score_head_is_in_the_adapter",
         "invariant",
@@ -390,12 +392,9 @@ def _head_sizes(file: Path) -> dict[str, int]:
 
 def learning_checks(block: dict[str, Any], after: Scores, center_rewards_coefficient: float | None) -> list[Check]:
     """Has a preference been learned, are its probabilities worth something, and do the scores stay usable?"""
-    after_metrics = after.metrics()
-    accuracies, losses = after_metrics["accuracy"], after_metrics["log_loss"]
-    (least, most), (below, above) = (
-        [level + end for end in paired_interval([level] * len(values), values)]
-        for level, values in ((0.5, accuracies), (math.log(2), losses))
-    )
+    accuracy, losses, ln2 = block["after"]["accuracy"], after.log_losses(), math.log(2)
+    least, most = share_interval(accuracy, len(losses))
+    below, above = (ln2 + end for end in paired_interval([ln2] * len(losses), losses))
     low, high = block["ci95"]["margin"]
     largest = max(map(abs, after.chosen + after.rejected))
     mean_chosen, mean_rejected = (math.fsum(side) / len(side) for side in (after.chosen, after.rejected))
@@ -404,7 +403,7 @@ def learning_checks(block: dict[str, Any], after: Scores, center_rewards_coeffic
             "reward.held_out_accuracy_is_above_chance",
             "learning",
             least > 0.5,
-            {"accuracy": block["after"]["accuracy"], "from": least, "to": most},
+            {"accuracy": accuracy, "from": least, "to": most},
             "95 % interval above 0.5",
             "留出集上 chosen 得分更高的比例没有显著超过一半：检查 chosen/rejected 是否写反、学习率与步数。训练前的准确率不是起点："
             "随机的打分头按任意方向排序，可能恰好全对或全错。",
@@ -424,9 +423,9 @@ def learning_checks(block: dict[str, Any], after: Scores, center_rewards_coeffic
         Check(
             "reward.held_out_log_loss_is_below_ln2",
             "learning",
-            above < math.log(2),
+            above < ln2,
             {"log_loss": block["after"]["log_loss"], "from": below, "to": above},
-            f"95 % interval below ln 2 = {math.log(2):.4f}, the log loss of always saying one half",
+            f"95 % interval below ln 2 = {ln2:.4f}, the log loss of always saying one half",
             "留出集对数损失不低于 ln 2：概率还不如一律说五五开，多半是过度自信（少训几步或降低学习率）。",
             "A log loss of ln 2 or more: the probabilities are worth less than saying one half every time, mostly for "
             "overconfidence. Train less, or lower the learning rate.",
@@ -482,12 +481,11 @@ def draw_reliability(axis: Any, before: Scores, after: Scores) -> None:
     axis.plot([0.5, 1], [0.5, 1], color="black", linewidth=0.8, linestyle=":", label="calibrated")
     for label, color, scores in (("before", "#7f7f7f", before), ("after", "#2ca02c", after)):
         found = scores.calibration()
-        x, share, n = (np.asarray(found[name]) for name in ("probabilities", "shares", "counts"))
-        centre = (share + 1.92 / n) / (1 + 3.84 / n)  # Wilson score interval
-        half = 1.96 * np.sqrt(share * (1 - share) / n + 0.96 / n**2) / (1 + 3.84 / n)
-        reach = np.maximum([share - centre + half, centre + half - share], 0)  # not -1e-17
+        x, shares = found["probabilities"], np.asarray(found["shares"])
+        low, high = np.transpose([share_interval(*bin) for bin in zip(shares, found["counts"], strict=True)])
+        reach = np.maximum([shares - low, high - shares], 0)  # not -1e-17
         text = f"{label}: calibration error {found['expected_calibration_error']:.3f}"
-        axis.errorbar(x, share, reach, color=color, fmt="o", markersize=5, elinewidth=0.8, capsize=2, label=text)
+        axis.errorbar(x, shares, reach, color=color, fmt="o", markersize=5, elinewidth=0.8, capsize=2, label=text)
     axis.set_ylim(0, 1.03)
     axis.set_xlim(0.48, 1.02)
     axis.set_xlabel("probability of the answer the model prefers")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from trl import apply_chat_template, is_conversational
+from trl import is_conversational
 
 from llmcore_hf.errors import UserError
 
@@ -109,13 +109,9 @@ class Scorer:
 
     @torch.no_grad()
     def _ask_model(self, batch: Batch, batch_size: int) -> Tensor:
-        """First logit of the model for each prompt and completion, tokenized as TRL's RewardTrainer tokenizes them."""
+        """First logit of the model for each prompt and completion."""
         assert isinstance(self.func, nn.Module) and self.tokenizer is not None
-        pairs: Any = zip(batch.prompts, batch.completions, strict=True)
-        texts = [prompt + completion for prompt, completion in pairs]  # two texts, or the turns of one conversation
-        if is_conversational({"prompt": batch.prompts[0]}):
-            texts = [apply_chat_template({"messages": turns}, self.tokenizer)["text"] for turns in texts]
-        ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        ids = encode(batch.prompts, batch.completions, self.tokenizer)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # rows of similar length, so little padding
         device = next(self.func.parameters()).device
         scores = torch.empty(len(ids))
@@ -131,6 +127,20 @@ class Scorer:
                 f"reward model `{self.name}` gave {scores[i]} to sample {i} of {batch.name}. {_shown(batch, i)}"
             )
         return scores
+
+
+def encode(prompts: list[Text], completions: list[Text], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of each prompt with its completion, as TRL's RewardTrainer makes them.
+
+    The score is read at the last token, so an end token closes plain text, as it did in training; a chat template
+    brings its own. Both close a completion that was cut off, too.
+    """
+    pairs: Any = zip(prompts, completions, strict=True)
+    rows = [prompt + completion for prompt, completion in pairs]  # texts, or the turns of one conversation
+    if is_conversational({"prompt": prompts[0]}):
+        return tokenizer.apply_chat_template(rows, return_dict=True)["input_ids"]
+    end = tokenizer.eos_token or ""
+    return tokenizer([row if row.endswith(end) else row + end for row in rows])["input_ids"]
 
 
 def _is_finite_number(value: Any) -> bool:
