@@ -48,18 +48,16 @@ class Run:
         A path begins with a key of the summary. After `checks` follows a check's id instead of its position, and
         `options` stands for the resolved options, which lie in a file of their own.
         """
-        head, *rest = path
+        head = path[0]
         value: Any
         if head == "options":
             value = self.options
         else:
             value = self.checks if head == "checks" else self.summary.get(str(head))
-        for key in rest:
-            if (isinstance(value, dict) and key in value) or (
-                isinstance(value, list) and isinstance(key, int) and -len(value) <= key < len(value)
-            ):
+        for key in path[1:]:
+            try:
                 value = value[key]
-            else:
+            except (KeyError, IndexError, TypeError):
                 return None
         return value
 
