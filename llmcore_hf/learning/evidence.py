@@ -76,7 +76,9 @@ def read(path: Path, module: str | None = None) -> Run:
         run = Run(path.resolve(), summary)
         found = summary["module"], summary["status"], summary["run_id"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is damaged ({type(error).__name__}: {error}): run the module again") from None
+        raise UserError(
+            f"{file} is damaged ({type(error).__name__}: {error}): mend it, or delete that folder"
+        ) from None
     if module is not None and found[0] != module:
         raise UserError(f"{path} is a run of `{found[0]}`, not of `{module}`")
     return run
@@ -93,5 +95,14 @@ def latest(module: str, root: Path = Path("output")) -> Run | None:
     folder = root / module
     if (folder / "latest" / SUMMARY).is_file():
         return read(folder / "latest", module)
-    runs = [read(file.parent, module) for file in folder.glob(f"*/{SUMMARY}")]
-    return max(runs, key=lambda run: str(run.summary.get("started_at")), default=None)
+    return max(all_runs(module, root), key=_started_at, default=None)
+
+
+def all_runs(module: str, root: Path = Path("output")) -> list[Run]:
+    """Every run of a module below `root`, oldest first."""
+    folders = {file.parent.resolve() for file in (root / module).glob(f"*/{SUMMARY}")}
+    return sorted((read(folder, module) for folder in folders), key=_started_at)
+
+
+def _started_at(run: Run) -> str:
+    return str(run.summary.get("started_at"))

@@ -18,9 +18,7 @@ Text = dict[str, str]  # one text per language
 # PyYAML's parser in C is ten times as fast; a build without libyaml lacks it.
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # Folding a YAML text joins its lines with spaces, which Chinese does not want between its characters.
-_FOLD = re.compile(
-    r"(?<=[\u2e80-\u9fff\uff00-\uffef，。：；？！（）“”]) (?=[\u2e80-\u9fff\uff00-\uffef，。：；？！（）“”])"
-)
+_FOLD = re.compile(r"(?<=[\u2e80-\u9fff]) (?=[\u2e80-\u9fff])|(?<=[，。：；？！、（“]) | (?=[，。：；？！、）”])")
 
 
 def read_yaml(file: Path) -> Any:
