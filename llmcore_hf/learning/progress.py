@@ -189,36 +189,53 @@ def _next_command(progress: Progress) -> str | None:
     return None
 
 
-def certificate(progress: Progress, language: str) -> str:
-    """The levels that are passed, with the hash of each run they rest on.
-
-    Raises:
-        UserError: no level is passed.
-    """
-    passed = [level for level in progress.levels if level.passed]
-    if not passed:
-        raise UserError(WORDS["none"][language])
-    titles = {level.level: level.title[language] for level in plan.load().levels}
-    lines = [WORDS["certificate"][language], "", WORDS["certified"][language].format(at=state.now()), ""]
-    lines += [f"- Level {level.level}: {titles[level.level]}" for level in passed]
-    lines += ["", WORDS["certificate_head"][language], "| --- | --- | --- | --- | --- |"]
-    for level in passed:
-        for name, run in level.runs.items():
+def certified(progress: Progress) -> list[list[str]]:
+    """Level, module, run, checks and SHA-256 of the summary, for each run that a passed level rests on."""
+    rows = []
+    for level in progress.levels:
+        for name, run in level.runs.items() if level.passed else ():
             assert run is not None
             digest = hashlib.sha256((run.path / SUMMARY).read_bytes()).hexdigest()
             checks = f"{len(run.with_status('pass'))}/{len(run.checks)}"
-            lines.append(f"| {level.level} | `{name}` | `{run.summary['run_id']}` | {checks} | `{digest}` |")
+            rows.append([str(level.level), name, run.summary["run_id"], checks, digest])
+    return rows
+
+
+def certificate(progress: Progress, language: str) -> str:
+    """The levels that are passed, with the hash of each run they rest on."""
+    titles = [level.title[language] for level in plan.load().levels]
+    lines = [WORDS["certificate"][language], "", WORDS["certified"][language].format(at=state.now()), ""]
+    lines += [f"- Level {level.level}: {titles[level.level - 1]}" for level in progress.levels if level.passed]
+    lines += ["", WORDS["certificate_head"][language], "| --- | --- | --- | --- | --- |"]
+    lines += [f"| {' | '.join(f'`{cell}`' for cell in row)} |" for row in certified(progress)]
     return "\n".join([*lines, "", WORDS["verify"][language]]) + "\n"
 
 
-def picture(text: str) -> bytes:
+def picture(progress: Progress) -> bytes:
     """The certificate as a PNG. Figures carry English text, since no font with Chinese characters is guaranteed."""
     from llmcore_hf.curves import png, pyplot
 
-    lines = [line.replace("`", "").strip("# ") for line in text.splitlines() if not line.startswith("| ---")]
-    figure = pyplot().figure(figsize=(11, 1 + 0.26 * len(lines)))
-    figure.text(0.5, 0.96, lines[0], ha="center", va="top", fontsize=18, weight="bold")
-    figure.text(0.04, 0.84, "\n".join(lines[1:]), va="top", fontsize=7.5, family="monospace")
+    rows = certified(progress)
+    figure, axis = pyplot().subplots(figsize=(10, 1.5 + 0.35 * len(rows)))
+    axis.axis("off")
+    passed = [level for level in plan.load().levels if progress.levels[level.level - 1].passed]
+    titles = "\n".join(f"Level {level.level}: {level.title['en']}" for level in passed)
+    axis.set_title(f"LLM-Core certificate\n{titles}", fontsize=13, pad=10)
+    head = ["level", "module", "run", "checks", "SHA-256 of summary.json"]
+    table = axis.table(
+        rows, colLabels=head, colWidths=[0.06, 0.15, 0.21, 0.08, 0.5], loc="upper center", cellLoc="left"
+    )
+    table.auto_set_font_size(False)
+    table.set_fontsize(7)
+    table.scale(1, 1.5)
+    figure.text(
+        0.5,
+        0.04,
+        f"Runs without a failure or warning, all quiz items, all exercises. {state.now()}",
+        ha="center",
+        fontsize=7,
+    )
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     return png(figure)
 
 
@@ -232,9 +249,9 @@ def main(argv: list[str]) -> int:
         file = Path(args.certificate)
         if file.suffix not in (".md", ".png"):
             raise ConfigError([f"--certificate {file}: the name has to end in .md or .png"])
-        content: str | bytes
-        content = picture(certificate(progress, "en")) if file.suffix == ".png" else certificate(progress, args.lang)
-        write_atomically(file, content)
+        if not any(level.passed for level in progress.levels):
+            raise UserError(WORDS["none"][args.lang])
+        write_atomically(file, picture(progress) if file.suffix == ".png" else certificate(progress, args.lang))
         print(args.certificate)
     else:
         print(report(progress, args.lang), end="")
