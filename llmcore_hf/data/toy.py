@@ -109,7 +109,28 @@ def toy_sort_preference() -> DatasetDict:
     )
 
 
-TOY_DATASETS = {"toy-sort": toy_sort, "toy-sort-preference": toy_sort_preference}
+def toy_sort_prompt() -> DatasetDict:
+    """Conversational prompts for online RL, with the answer that a reward function compares with: `prompt`, `answer`."""
+    return _dataset_dict(lambda prompt, digits: {"prompt": _user(prompt), "answer": ascending(digits)})
+
+
+def toy_sort_demonstrations() -> DatasetDict:
+    """What annotators who disagree wrote: as `toy_sort`, half of the answers in descending order."""
+    rng = random.Random(DATA_SEED)
+    return _dataset_dict(
+        lambda prompt, digits: {
+            "prompt": _user(prompt),
+            "completion": _assistant(rng.choice((ascending, descending))(digits)),
+        }
+    )
+
+
+TOY_DATASETS = {
+    "toy-sort": toy_sort,
+    "toy-sort-demonstrations": toy_sort_demonstrations,
+    "toy-sort-preference": toy_sort_preference,
+    "toy-sort-prompt": toy_sort_prompt,
+}
 
 
 def undecided_corpus(n: int) -> list[tuple[str, str]]:

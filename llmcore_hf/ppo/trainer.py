@@ -10,7 +10,7 @@ import copy
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,10 +122,12 @@ class PPOTrainer(Trainer):
         if args.n_gpu > 1:
             raise ValueError("one process drives one GPU here: start with `accelerate launch`")
         if isinstance(model, str):
-            options = args.model_init_kwargs
-            model = create_model_from_path(model, **(options if isinstance(options, dict) else {}))
+            options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+            model = create_model_from_path(model, **{"trust_remote_code": args.trust_remote_code, **options})
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(model.config.name_or_path, padding_side="left")
+            processing_class = AutoTokenizer.from_pretrained(
+                model.config.name_or_path, padding_side="left", trust_remote_code=args.trust_remote_code
+            )
         if processing_class.pad_token_id is None:
             raise ValueError(
                 "the tokenizer has no padding token: set one that is not the end token, or the policy never learns to stop"
@@ -163,6 +165,7 @@ class PPOTrainer(Trainer):
         self._rollout_means: dict[str, list[float]] = defaultdict(list)
         self._step_parts: dict[str, list[Tensor]] = defaultdict(list)
         self._step_kl: list[Tensor] = []  # of the micro-batches since the last look at `target_kl`
+        self._extra: dict[str, list[Any]] = {}  # columns of the table that reward functions added
         self._table: tuple[Batch, Tensor, list[float]] | None = None  # of the last rollout
         self._began, self._episodes = time.perf_counter(), 0
         self.add_callback(_StateCallback(self))
@@ -292,7 +295,8 @@ class PPOTrainer(Trainer):
         args = self.args
         self.model.eval()
         batch, prompt_ids = self.complete(rows, self.sampling, f"the rollout before step {self.state.global_step + 1}")
-        scores = self.score(batch)  # (B, F)
+        self._extra = {}
+        scores = self.score(batch, self._log_metric, self._extra.__setitem__)  # (B, F)
         score = self._total(scores, batch)  # (B,)
         sequences = Sequences.of(
             prompt_ids, batch.completion_ids, self.processing_class.pad_token_id, self.accelerator.device
@@ -342,8 +346,10 @@ class PPOTrainer(Trainer):
         tokenizer = self.processing_class
         conversational = is_conversational({"prompt": prompts[0]})
         if conversational:
-            prompt_ids = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)[
-                "input_ids"
+            template = {"add_generation_prompt": True, "return_dict": True}
+            prompt_ids = [
+                tokenizer.apply_chat_template(row["prompt"], tools=row.get("tools"), **template)["input_ids"]
+                for row in rows
             ]
         else:
             prompt_ids = tokenizer(prompts)["input_ids"]
@@ -355,11 +361,23 @@ class PPOTrainer(Trainer):
         columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
         return Batch(prompts, completions, completion_ids, columns, name), prompt_ids
 
-    def score(self, batch: Batch) -> Tensor:
-        """(B, F) rewards, one column per reward function; NaN where a function does not apply."""
+    def score(
+        self,
+        batch: Batch,
+        log_metric: Callable[[str, float], None] = lambda name, value: None,
+        log_extra: Callable[[str, list[Any]], None] = lambda column, values: None,
+    ) -> Tensor:
+        """(B, F) rewards, one column per reward function; NaN where a function does not apply.
+
+        Functions that ask for it may log a number or a column of the table of completions.
+        """
+        given = {"trainer_state": self.state, "log_metric": log_metric, "log_extra": log_extra}
         size = self.args.local_rollout_forward_batch_size
-        columns = [scorer(batch, self.state, size) for scorer in self.scorers]
+        columns = [scorer(batch, size, **given) for scorer in self.scorers]
         return torch.stack(columns, dim=1).to(self.accelerator.device)
+
+    def _log_metric(self, name: str, value: float) -> None:
+        self._rollout_means[name].append(value)
 
     def _total(self, scores: Tensor, batch: Batch) -> Tensor:
         weights = torch.tensor([scorer.weight for scorer in self.scorers], device=scores.device)
@@ -496,7 +514,7 @@ class PPOTrainer(Trainer):
         rewards = {s.name: column.tolist() for s, column in zip(self.scorers, scores.T, strict=True)}
         n = self.args.num_completions_to_print
         print_prompt_completions_sample(
-            batch.prompts, batch.completions, rewards, advantages, self.state.global_step, n
+            batch.prompts, batch.completions, rewards, advantages, self.state.global_step, n, self._extra
         )
 
     # ------------------------------------------------------------ saving
@@ -554,6 +572,8 @@ def _check_columns(name: str, dataset: Any) -> None:
         raise ValueError(f"{name} has no rows")
     if columns is not None and "prompt" not in columns:
         raise ValueError(f"{name} has no column `prompt`; it has: {', '.join(columns)}")
+    if images := {"image", "images"} & set(columns or ()):
+        raise ValueError(f"{name} has a column `{images.pop()}`: PPO trains on text alone; GRPO can show images")
     if taken := sorted(set(columns or ()) & set(OWN_ARGUMENTS)):
         raise ValueError(f"{name}: rename column {', '.join(taken)}: reward functions get an argument of that name")
 
