@@ -35,7 +35,17 @@ from llmcore_hf.registry import Module
 SCHEMA_VERSION = 1
 UNFINISHED = "The run has not come to its end: it is still going on, or it was killed."
 # Bookkeeping in the log history that is no metric of the method.
-NOT_METRICS = ("step", "epoch", "total_flos", "train_loss", "num_tokens", "learning_rate", "grad_norm")
+NOT_METRICS = (
+    "step",
+    "epoch",
+    "total_flos",
+    "train_loss",
+    "num_tokens",
+    "learning_rate",
+    "grad_norm",
+    "episode",
+    "eps",
+)
 HIGHER_IS_BETTER = {
     "loss": False,
     "perplexity": False,
@@ -45,6 +55,9 @@ HIGHER_IS_BETTER = {
     "rewards/accuracies": True,
     "rewards/margins": True,
     "return": True,
+    "reward": True,
+    "sampled_reward": True,
+    "objective/scores": True,
     "rms_error": False,
     "bellman_residual": False,
 }

@@ -71,7 +71,7 @@ def run(config: Config, run_dir: RunDirectory) -> None:
 
     run_dir.summary["eval"] = block = online.compare(before, after)
     run_dir.checks += online.checks("grpo", held_out, before, after, block)
-    run_dir.checks += group_checks(run_dir.history, trainer.largest_mean_advantage, args)
+    run_dir.checks += group_checks(run_dir.history, trainer.largest_mean_advantage)
     run_dir.summary["samples"] = online.samples(held_out, before, after)
     training.write_model_card(run_dir, trainer, job, splits)
     run_dir.write("training_curves.png", draw_curves(run_dir, job, splits, scorers))
@@ -141,7 +141,7 @@ def trainer_class() -> type[GRPOTrainer]:
     return WatchedGRPOTrainer
 
 
-def group_checks(history: list[dict[str, Any]], mean_advantage: float | None, args: GRPOConfig) -> list[Check]:
+def group_checks(history: list[dict[str, Any]], mean_advantage: float | None) -> list[Check]:
     """What must hold of the groups."""
     shares = [row["frac_reward_zero_std"] for row in history if "frac_reward_zero_std" in row]
     return [

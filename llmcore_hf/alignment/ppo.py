@@ -104,7 +104,8 @@ def training_checks(history: list[dict[str, Any]], args: PPOConfig) -> list[Chec
     rows = [row for row in history if "val/ratio" in row]
     off = max((row["val/first_ratio_off"] for row in rows if "val/first_ratio_off" in row), default=None)
     tolerance = RATIO_TOLERANCE["half" if args.bf16 or args.fp16 else "float32"]
-    explained = sum(row["val/explained_variance"] for row in rows) / len(rows) if rows else None
+    variances = [row["val/explained_variance"] for row in rows if "val/explained_variance" in row]
+    explained = sum(variances) / len(variances) if variances else None
     clipped = max((row["policy/clipfrac_avg"] for row in rows), default=None)
     return [
         Check(

@@ -395,7 +395,8 @@ class RunCallback(TrainerCallback):
         self.trainer = trainer
         self.bar: Any = None
         self.began: float | None = None  # when the first step began, after everything was loaded
-        # TRL counts the tokens since the process began, not those of the run. A checkpoint ends a row: this is exact.
+        # Most of TRL's trainers count the tokens since the process began, not those of the run. A checkpoint ends a row:
+        # this is exact.
         counts = [row["num_tokens"] for row in run.history if "num_tokens" in row]
         self.tokens_before = counts[-1] if counts else 0
 
@@ -403,6 +404,8 @@ class RunCallback(TrainerCallback):
         from tqdm import tqdm
 
         self.began, self.first_step = time.monotonic(), state.global_step
+        if state.num_input_tokens_seen and args.include_num_input_tokens_seen in ("no", False):
+            self.tokens_before = 0  # GRPO counts in the state, which the checkpoint brought back
         if distributed.is_main_process():
             interactive = sys.stderr.isatty()
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=not interactive)

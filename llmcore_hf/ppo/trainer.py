@@ -167,7 +167,8 @@ class PPOTrainer(Trainer):
         self._step_kl: list[Tensor] = []  # of the micro-batches since the last look at `target_kl`
         self._extra: dict[str, list[Any]] = {}  # columns of the table that reward functions added
         self._table: tuple[Batch, Tensor, list[float]] | None = None  # of the last rollout
-        self._began, self._episodes = time.perf_counter(), 0
+        self._episodes = self._episodes_before = 0  # completions trained on: in all, and before this process began
+        self._began = time.perf_counter()
         self.add_callback(_StateCallback(self))
 
     # ------------------------------------------------------------ set-up
@@ -209,9 +210,10 @@ class PPOTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train; `resume_from_checkpoint` as in the Trainer. Critic and KL coefficient come back as well."""
         found = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        self._episodes = 0
         if found:
             self._load_state(Path(found))
-        self._began, self._episodes = time.perf_counter(), 0
+        self._began, self._episodes_before = time.perf_counter(), self._episodes
         return super().train(resume_from_checkpoint=found or None, **kwargs)
 
     # ------------------------------------------------------------ one optimizer step
@@ -491,7 +493,7 @@ class PPOTrainer(Trainer):
         if "loss" in logs:
             logs = {**logs, **self._take_averages()}
             logs["episode"] = self._episodes
-            logs["eps"] = self._episodes / (time.perf_counter() - self._began)
+            logs["eps"] = (self._episodes - self._episodes_before) / (time.perf_counter() - self._began)
             if self._table and self.is_world_process_zero():
                 self._print_table(*self._table)
         super().log(logs, start_time)
@@ -532,11 +534,11 @@ class PPOTrainer(Trainer):
             self.push_to_hub(commit_message="Model save")
 
     def _load_state(self, checkpoint: Path) -> None:
-        """What the Trainer does not bring back by itself: the critic's weights and the KL coefficient."""
+        """What the Trainer does not bring back by itself: the critic's weights, the KL coefficient, the completions so far."""
         if not self.is_deepspeed_enabled:  # whose engine loads all weights itself
             self.model.load_critic(checkpoint)
         state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-        self.kl_controller.value = state["kl_coef"]
+        self.kl_controller.value, self._episodes = state["kl_coef"], state["episode"]
 
 
 class _StateCallback(TrainerCallback):
@@ -552,7 +554,8 @@ class _StateCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.should_save:
             file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE
-            write_atomically(file, json.dumps({"kl_coef": self.trainer.kl_controller.value}))
+            kept = {"kl_coef": self.trainer.kl_controller.value, "episode": self.trainer._episodes}
+            write_atomically(file, json.dumps(kept))
 
 
 def _datasets(train: Any, evaluation: Any) -> Iterator[tuple[str, Any]]:
