@@ -89,7 +89,7 @@ WORDS = {
         "zh": "| Day | 目标 | 命令 | 必须掌握的概念 | 状态 |",
         "en": "| Day | Goal | Command | The concept to master | Status |",
     },
-    "there": {"zh": "[可运行](recipes/{name}/README.md)", "en": "[runs](recipes/{name}/README.md)"},
+    "there": {"zh": "[可运行](recipes/{name}/)", "en": "[runs](recipes/{name}/)"},
     "missing": {"zh": "尚未加入", "en": "not there yet"},
     "more": {
         "zh": "同一天还可以跑（不在 14 天的必做之内）：",
