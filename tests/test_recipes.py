@@ -12,7 +12,11 @@ from llmcore_hf import config, registry, resources
 from llmcore_hf.config import Config, Options
 from llmcore_hf.errors import ConfigError
 
-RECIPES = sorted(p.relative_to(resources.path("recipes")) for p in resources.path("recipes").rglob("*.yaml"))
+RECIPES = sorted(
+    p.relative_to(resources.path("recipes"))
+    for p in resources.path("recipes").rglob("*.yaml")
+    if p.name != "brief.yaml"
+)
 TOYS = [p for p in RECIPES if p.name == "toy.yaml"]
 TOY_VARIANTS = [p for p in RECIPES if p.name.startswith("toy-")]
 REAL = [p for p in RECIPES if p not in TOYS + TOY_VARIANTS]
