@@ -141,7 +141,7 @@ def test_reward_functions_get_what_trls_get() -> None:
         return [1, None]
 
     (scorer,) = rewards.make_scorers(func, [2.0])
-    found = scorer(some_batch(), "state", 8)
+    found = scorer(some_batch(), 8, trainer_state="state")
     assert found[0] == 1 and found[1].isnan()
     assert seen == {
         "prompts": ["p0", "p1"],
@@ -168,7 +168,7 @@ def test_a_wrong_reward_names_function_batch_and_sample(returned: Any, words: st
 
     (scorer,) = rewards.make_scorers(my_reward, None)
     with pytest.raises(rewards.RewardError, match="my_reward") as caught:
-        scorer(some_batch(), None, 8)
+        scorer(some_batch(), 8, trainer_state=None)
     assert words in str(caught.value) and "the rollout before step 1" in str(caught.value)
 
 
@@ -177,7 +177,21 @@ def test_a_reward_that_raises_is_named() -> None:
         raise KeyError("answer")
 
     with pytest.raises(rewards.RewardError, match=r"`broken` failed on the rollout before step 1: KeyError: 'answer'"):
-        rewards.make_scorers(broken, None)[0](some_batch(), None, 8)
+        rewards.make_scorers(broken, None)[0](some_batch(), 8)
+
+
+def test_a_reward_may_be_a_coroutine_and_log_on_its_own() -> None:
+    logged = {}
+
+    async def judge(completions, log_metric, log_extra, **kwargs):
+        log_metric("judge/calls", float(len(completions)))
+        log_extra("verdict", ["good"] * len(completions))
+        return [0.5] * len(completions)
+
+    (scorer,) = rewards.make_scorers(judge, None)
+    found = scorer(some_batch(), 8, log_metric=logged.__setitem__, log_extra=logged.__setitem__)
+    assert found.tolist() == [0.5, 0.5]
+    assert logged == {"judge/calls": 2.0, "verdict": ["good", "good"]}
 
 
 def test_no_function_has_anything_to_say() -> None:

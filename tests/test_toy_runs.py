@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT, Run
+from learning_runs import check_brief
 
 from llmcore_hf import cli
 from llmcore_hf.durability import mark_complete
@@ -379,3 +380,8 @@ def test_two_processes_equal_one_at_the_same_global_batch(two_processes, monkeyp
     assert losses(folder / "output/sft/latest") == pytest.approx(losses(tmp_path / "run"), abs=1e-4)
     two, one = summary_of(folder, "sft"), json.loads((tmp_path / "run" / "summary.json").read_text())
     assert two["eval"]["after"]["perplexity"] == pytest.approx(one["eval"]["after"]["perplexity"], rel=1e-3)
+
+
+@pytest.mark.parametrize("module", ["sft", "dpo"])
+def test_the_brief_of_a_toy_run_says_what_was_measured(toy_run, module: str) -> None:
+    check_brief(module, toy_run(module)[1] / "output" / module / "latest")
