@@ -17,7 +17,7 @@ STAMPS := $(VENV)/.stamps
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast lint format seeds bench bench-rl torture clean
+.PHONY: help demo test test-fast lint format seeds bench bench-rl closed-form torture clean
 
 help:  ## list the targets
 	@echo "make <target>, where target is one of"
@@ -51,6 +51,9 @@ bench: $(STAMPS)/base  ## compare with plain TRL: training time and losses, and 
 
 bench-rl: $(STAMPS)/base  ## compare the RL lessons with quantecon, torchrl and d3rlpy
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(PY) benchmarks/rl.py
+
+closed-form: $(STAMPS)/base  ## train PPO, GRPO and DPO on a problem whose optimum is known exactly
+	OMP_NUM_THREADS=1 $(PY) benchmarks/closed_form.py --seeds $(SEEDS)
 
 torture: $(STAMPS)/base  ## kill runs at random moments, resume them, compare with uninterrupted ones
 	$(PY) benchmarks/kill_resume.py
