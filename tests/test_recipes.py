@@ -49,7 +49,7 @@ def test_every_module_has_its_toy_recipe_and_every_recipe_its_module() -> None:
     assert {recipe.parent.name for recipe in RECIPES} == modules
 
 
-@pytest.mark.parametrize("module", ["sft", "dpo"])
+@pytest.mark.parametrize("module", ["sft", "dpo", "reward"])
 def test_there_are_recipes_for_a_real_checkpoint_full_lora_and_qlora(module: str) -> None:
     names = {recipe.name for recipe in REAL if recipe.parent.name == module}
     assert {f"qwen2.5-0.5b-instruct-{how}.yaml" for how in ("full", "lora", "qlora")} <= names
@@ -89,7 +89,8 @@ def test_a_variant_of_a_toy_recipe_resolves_by_itself(recipe: Path) -> None:
     request = config.read_request(["--config", str(full_path(recipe))])
     resolved = config.resolve(registry.get(str(request.module)), request)
     assert resolved.module == recipe.parent.name and resolved.toy
-    assert resolved.values["use_peft"] is True and resolved.values["dataset_name"].startswith("toy-")
+    assert resolved.values["use_peft"] is ("lora" in recipe.stem)
+    assert resolved.values["dataset_name"].startswith("toy-")
 
 
 @pytest.mark.parametrize("recipe", [r for r in REAL if r not in QLORA], ids=str)
