@@ -228,10 +228,11 @@ def test_the_checks_of_ppo_read_the_log(change: dict[str, float], failed: str | 
 
 
 def test_the_checks_of_grpo_read_advantages_and_groups() -> None:
-    rows = [{"frac_reward_zero_std": 0.1}, {"frac_reward_zero_std": 0.95}]
-    assert set(status_of(grpo.group_checks(rows, 1e-7)).values()) == {"pass"}
-    assert status_of(grpo.group_checks(rows, 0.01))["advantages_sum_to_zero"] == "fail"
-    assert status_of(grpo.group_checks(rows[::-1], 1e-7))["groups_differ_at_the_start"] == "fail"
+    rows = [{"frac_reward_zero_std": share, "advantages/largest_mean": 1e-7} for share in (0.1, 0.95)]
+    assert set(status_of(grpo.group_checks(rows)).values()) == {"pass"}
+    assert status_of(grpo.group_checks([*rows, {"advantages/largest_mean": 0.01}]))["advantages_sum_to_zero"] == "fail"
+    assert status_of(grpo.group_checks(rows[::-1]))["groups_differ_at_the_start"] == "fail"
+    assert set(status_of(grpo.group_checks([])).values()) == {"skip"}
 
 
 def test_a_reward_function_under_grpo_says_which_sample_is_wrong() -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from llmcore_hf.alignment import online, training
@@ -71,7 +72,7 @@ def run(config: Config, run_dir: RunDirectory) -> None:
 
     run_dir.summary["eval"] = block = online.compare(before, after)
     run_dir.checks += online.checks("grpo", held_out, before, after, block)
-    run_dir.checks += group_checks(run_dir.history, trainer.largest_mean_advantage)
+    run_dir.checks += group_checks(run_dir.history)
     run_dir.summary["samples"] = online.samples(held_out, before, after)
     training.write_model_card(run_dir, trainer, job, splits)
     run_dir.write("training_curves.png", draw_curves(run_dir, job, splits, scorers))
@@ -111,38 +112,37 @@ def checked(scorer: Scorer) -> Callable[..., list[float | None]]:
 @functools.cache
 def trainer_class() -> type[GRPOTrainer]:
     """TRL's trainer, watched: that the advantages of whole groups sum to zero."""
-    from trl import GRPOTrainer
+    import trl
 
-    class WatchedGRPOTrainer(GRPOTrainer):
-        """Attributes: largest_mean_advantage, over the batches for which answers were generated; None before the first."""
-
-        largest_mean_advantage: float | None = None
+    class GRPOTrainer(trl.GRPOTrainer):
+        """Logs `advantages/largest_mean`: how far the mean advantage of a batch of whole groups was from 0, at most."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self._advantages: list[Any] = []
+            self._advantages: list[Any] = []  # of the micro-batches since answers were generated
+            self._means: list[float] = []  # since the last log row
             super().__init__(*args, **kwargs)
 
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             if model.training:
                 self._advantages.append(inputs["advantages"].detach())
                 if len(self._advantages) == self.args.steps_per_generation:  # together they hold whole groups
-                    self._look_at_advantages()
+                    self._means.append(self.accelerator.gather(torch.cat(self._advantages)).mean().item())
+                    self._advantages = []
             return super().compute_loss(model, inputs, *args, **kwargs)
 
-        def _look_at_advantages(self) -> None:
-            import torch
+        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+            if "loss" in logs and self._means:
+                logs = {**logs, "advantages/largest_mean": max(map(abs, self._means))}
+                self._means = []
+            super().log(logs, start_time)
 
-            mean = self.accelerator.gather(torch.cat(self._advantages)).mean().abs().item()
-            self._advantages = []
-            self.largest_mean_advantage = max(mean, self.largest_mean_advantage or 0.0)
-
-    WatchedGRPOTrainer.__name__ = GRPOTrainer.__name__
-    WatchedGRPOTrainer.__module__ = GRPOTrainer.__module__
-    return WatchedGRPOTrainer
+    return GRPOTrainer
 
 
-def group_checks(history: list[dict[str, Any]], mean_advantage: float | None) -> list[Check]:
+def group_checks(history: list[dict[str, Any]]) -> list[Check]:
     """What must hold of the groups."""
+    means = [row["advantages/largest_mean"] for row in history if "advantages/largest_mean" in row]
+    mean_advantage = max(means, default=None)
     shares = [row["frac_reward_zero_std"] for row in history if "frac_reward_zero_std" in row]
     return [
         Check(

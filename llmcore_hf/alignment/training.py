@@ -585,7 +585,7 @@ def write_model_card(run: RunDirectory, trainer: Trainer, job: Job, splits: Spli
         base=f"base_model: {job.name}\n" if on_hub else "",
         title=run.path.name,
         model=job.name,
-        trainer=f"{'TRL' if type(trainer).__module__.startswith('trl.') else 'its own'} {type(trainer).__name__}",
+        trainer=f"trainer: {type(trainer).__name__}",
         source=splits.source,
         format=splits.format,
         n_train=run.summary["data"]["n_train"],
