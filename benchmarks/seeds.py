@@ -34,7 +34,12 @@ def held_out_preference(e: dict[str, Any]) -> bool:
     )
 
 
-# module -> (metrics shown, the figure to reach, that figure in words)
+def ordered_pairs(least: float) -> Any:
+    return lambda e: e["after"]["accuracy"] >= least and e["after"]["log_loss"] < e["before"]["log_loss"]
+
+
+SCORES = ("accuracy", "log_loss", "calibration_error")
+# module, or the file of its recipe -> (metrics shown, the figure to reach, that figure in words)
 CAMPAIGN = {
     "sft": (("exact_match", "perplexity"), held_out_exact_match, "exact match from under 0.1 to at least 0.8"),
     "dpo": (
@@ -42,6 +47,8 @@ CAMPAIGN = {
         held_out_preference,
         "preference accuracy from about 0.5 to at least 0.9, chosen behaviour up by at least 0.30, chosen not less likely",
     ),
+    "reward": (SCORES, ordered_pairs(0.9), "held-out accuracy at least 0.9, log loss lower than before"),
+    "recipes/reward/toy-lora.yaml": (SCORES, ordered_pairs(0.85), "held-out accuracy at least 0.85, log loss lower"),
 }
 
 # lesson -> the check whose observed values are shown
@@ -59,8 +66,9 @@ LESSONS = {
 
 def run(module: str, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "run.py"), "--module", module, "--toy", "--seed", str(seed)]
-        subprocess.run([*command, "--output_dir", f"{folder}/run"], stdout=subprocess.DEVNULL, check=False)
+        toy = ["--config", str(ROOT / module)] if module.endswith(".yaml") else ["--module", module, "--toy"]
+        command = [sys.executable, str(ROOT / "run.py"), *toy, "--seed", str(seed), "--output_dir", f"{folder}/run"]
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
         return json.loads(Path(folder, "run", "summary.json").read_text(encoding="utf-8"))
 
 
