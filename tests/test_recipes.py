@@ -123,8 +123,9 @@ def test_a_qlora_recipe_without_quantization_resolves_anywhere(recipe: Path) -> 
 def test_a_recipe_does_what_its_name_says(recipe: Path) -> None:
     values = document(recipe)
     how = recipe.stem.rpartition("-")[2]
-    assert values.get("use_peft", False) is (how in ("lora", "qlora"))
-    assert values.get("load_in_4bit", False) is (how == "qlora")
+    for part in [values[stage] for stage in registry.get(recipe.parent.name).stages] or [values]:
+        assert part.get("use_peft", False) is (how in ("lora", "qlora"))
+        assert part.get("load_in_4bit", False) is (how == "qlora")
     assert values["model_name_or_path"] == "Qwen/Qwen2.5-0.5B-Instruct"
 
 
