@@ -159,9 +159,12 @@ def main() -> int:
     args = parser.parse_args()
     for module in CAMPAIGN.keys() & set(args.modules):  # the cached checkpoints are made outside the measured runs
         run(module, args.seeds[0])
-    results = [(table if module in CAMPAIGN else lesson_table)(module, args.seeds) for module in args.modules]
-    tables.replace("seeds", "\n\n".join([f"Measured on {tables.machine()}.", *(text for text, _ in results)]))
-    return 0 if all(good for _, good in results) else 1
+    results = {m: (table if m in CAMPAIGN else lesson_table)(m, args.seeds) for m in args.modules}
+    former = {part.split("**")[0]: f"**{part}" for part in tables.current("seeds").split("\n\n**")[1:]}
+    known = former | {module: text for module, (text, _) in results.items()}  # modules not run now keep their table
+    shown = [known[module] for module in modules if module in known]
+    tables.replace("seeds", "\n\n".join([f"Measured on {tables.machine()}.", *shown]))
+    return 0 if all(good for _, good in results.values()) else 1
 
 
 if __name__ == "__main__":
