@@ -146,7 +146,7 @@ def test_the_pipeline_raises_a_reward_it_is_not_trained_on(toy_run) -> None:
     assert 0.3 < block["before"]["ppo/rewards/exact_match"] < 0.6
     assert block["after"]["ppo/rewards/exact_match"] >= 0.8
     assert block["after"]["reward/accuracy"] >= 0.9
-    assert {sample["stage"] for sample in summary["samples"]} == {"sft", "ppo"}
+    assert {sample["stage"] for sample in summary["samples"]} == {"sft", "reward", "ppo"}
     assert not [name for name in summary["metrics"] if "learning_rate" in name or "runtime" in name]
 
 
