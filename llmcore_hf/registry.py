@@ -57,6 +57,22 @@ MODULES = (
         "llmcore_hf.alignment.dpo",
         trains_on="preference",
     ),
+    Module(
+        "blip2",
+        12,
+        5,
+        "BLIP-2：Q-Former 用查询向量读图",
+        "BLIP-2: a Q-Former reads the image through queries",
+        "llmcore_hf.vlm.blip2",
+    ),
+    Module(
+        "llava",
+        12,
+        5,
+        "LLaVA：投影层把图像变成词元",
+        "LLaVA: a projector turns images into tokens",
+        "llmcore_hf.vlm.llava",
+    ),
     Module("cql", 10, 4, "离线强化学习：保守 Q 学习 CQL", "Offline RL: conservative Q-learning"),
     Module("bcq", 11, 4, "离线强化学习：批约束 Q 学习 BCQ", "Offline RL: batch-constrained Q-learning"),
 )

@@ -7,7 +7,7 @@ nothing in the training that follows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -145,11 +145,28 @@ def generate(
 ) -> Answers:
     """Greedy answers of `model` to the prompts, in the order of the prompts; `tools` are those of each prompt."""
     asked = list(zip(prompts, tools or [None] * len(prompts), strict=True))
+
+    def encode(numbers: list[int]) -> Any:
+        return _encode_prompts(tokenizer, [asked[i] for i in numbers])
+
+    return generate_from(model, tokenizer, len(asked), encode, max_new_tokens, batch_size, accelerator)
+
+
+def generate_from(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    n_rows: int,
+    encode: Callable[[list[int]], Any],
+    max_new_tokens: int,
+    batch_size: int,
+    accelerator: Accelerator,
+) -> Answers:
+    """Greedy answers to rows 0 to N - 1; `encode` makes the padded inputs of the rows of those numbers."""
     found: list[tuple[int, tuple[str, int, bool]]] = []
     stops = stop_ids(model, tokenizer)
     with evaluating(model):
-        for batch in _batches(list(range(len(prompts))), batch_size, accelerator):
-            inputs = _encode_prompts(tokenizer, [asked[i] for i in batch]).to(accelerator.device)
+        for batch in _batches(list(range(n_rows)), batch_size, accelerator):
+            inputs = encode(batch).to(accelerator.device)
             with accelerator.autocast():
                 output = model.generate(
                     **inputs,

@@ -166,9 +166,12 @@ def _known_about(converted: Row) -> Row:
     prompt = formats.prompt_of(converted)
     turns = prompt if isinstance(prompt, list) else []
     key = _hash(converted)
+    images = [
+        converted[name] for name in IMAGE_COLUMNS if name in converted
+    ]  # "What is this?" of two images is two prompts
     return {
         KEY: key,
-        PROMPT_KEY: key if prompt is None else _hash(prompt),
+        PROMPT_KEY: key if prompt is None else _hash([prompt, *images] if images else prompt),
         PROMPT_BYTES: _size(prompt) + _size(converted.get("tools")),
         PROMPT_TURNS: len(turns),
         ASKS: _asks(turns[-1].get("content") if turns else prompt) + 2 * _asks(_last_text(converted)),

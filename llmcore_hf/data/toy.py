@@ -14,6 +14,9 @@ import random
 from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING
 
+from llmcore_hf.data.digits import toy_digits
+from llmcore_hf.data.shapes import toy_shapes
+
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
@@ -109,7 +112,12 @@ def toy_sort_preference() -> DatasetDict:
     )
 
 
-TOY_DATASETS = {"toy-sort": toy_sort, "toy-sort-preference": toy_sort_preference}
+TOY_DATASETS = {
+    "toy-sort": toy_sort,
+    "toy-sort-preference": toy_sort_preference,
+    "toy-shapes": toy_shapes,
+    "toy-digits": toy_digits,
+}
 
 
 def undecided_corpus(n: int) -> list[tuple[str, str]]:
