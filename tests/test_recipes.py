@@ -16,6 +16,7 @@ RECIPES = sorted(p.relative_to(resources.path("recipes")) for p in resources.pat
 TOYS = [p for p in RECIPES if p.name == "toy.yaml"]
 TOY_VARIANTS = [p for p in RECIPES if p.name.startswith("toy-")]
 REAL = [p for p in RECIPES if p not in TOYS + TOY_VARIANTS]
+CHECKPOINTS = {"llava": "llava-hf/llava-1.5-7b-hf", "blip2": "Salesforce/blip2-opt-2.7b"}
 QLORA = [p for p in REAL if "qlora" in p.stem]
 ACCELERATE = sorted(p.name for p in resources.path("accelerate_configs").glob("*.yaml"))
 
@@ -78,9 +79,10 @@ def test_a_toy_recipe_resolves(recipe: Path) -> None:
 def test_a_toy_recipe_needs_nothing_from_elsewhere(recipe: Path) -> None:
     from llmcore_hf.data.toy import TOY_DATASETS
     from llmcore_hf.models.tiny import TINY_MODELS
+    from llmcore_hf.vlm.tiny import TINY_VLMS
 
     values = document(recipe)
-    assert values["model_name_or_path"] in TINY_MODELS and values["dataset_name"] in TOY_DATASETS
+    assert values["model_name_or_path"] in [*TINY_MODELS, *TINY_VLMS] and values["dataset_name"] in TOY_DATASETS
     assert 0 < values["max_steps"] <= 500
 
 
@@ -118,7 +120,7 @@ def test_a_recipe_does_what_its_name_says(recipe: Path) -> None:
     how = recipe.stem.rpartition("-")[2]
     assert values.get("use_peft", False) is (how in ("lora", "qlora"))
     assert values.get("load_in_4bit", False) is (how == "qlora")
-    assert values["model_name_or_path"] == "Qwen/Qwen2.5-0.5B-Instruct"
+    assert values["model_name_or_path"] == CHECKPOINTS.get(recipe.parent.name, "Qwen/Qwen2.5-0.5B-Instruct")
 
 
 @pytest.mark.parametrize("recipe", REAL, ids=str)

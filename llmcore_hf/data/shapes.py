@@ -71,7 +71,7 @@ def _pairs(triples: Iterable[Triple]) -> set[tuple[str, str]]:
 def caption(triple: Triple) -> str:
     """`("red", "circle", "top left")` -> `a red circle at the top left`."""
     color, shape, position = triple
-    return f"a {color} {shape} at the {position}"
+    return f"{'an' if color == 'orange' else 'a'} {color} {shape} at the {position}"
 
 
 def questions(triple: Triple) -> dict[str, tuple[str, str]]:

@@ -170,13 +170,14 @@ def export(model: Any, state: dict[str, torch.Tensor], cls: Any, folder: str) ->
 class Blip2(VisionLesson):
     name, title, kinds, images_per_row = "blip2", "BLIP-2", ("blip-2",), 1
     default_template = QUESTION_TEMPLATE
+    loss_title = "Loss: sum of three in stage 1, of the next token after it"
     panels = (
         Panel(
             "Stage 1: losses of the Q-Former (training)",
             (Line("itc", "contrastive", TRAIN), Line("itm", "matching", HELD_OUT), Line("itg", "generation", REJECTED)),
         ),
         Panel(
-            "Stage 1: image-text pairs told right, half of them hard negatives (training)",
+            "Stage 1: image-text pairs told right (training)",
             (Line("itm_accuracy", "matching", HELD_OUT),),
             level=0.5,
             level_label="chance",

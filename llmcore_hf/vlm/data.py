@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmcore_hf.data.formats import FieldProblem
 from llmcore_hf.data.loading import DataArguments, Splits, load
+from llmcore_hf.data.reading import image_feature
 from llmcore_hf.data.shapes import DESCRIBE
 from llmcore_hf.data.toy import TOY_DATASETS
 from llmcore_hf.errors import UserError
@@ -48,6 +49,8 @@ def load_splits(
     splits = load(args, "sft", seed, None, chooses_best, None, bad_rows_file, row_check)
     if not {"image", "images"} & set(splits.train.column_names):
         raise UserError(f"{name} has no column `image` or `images`: add one, or map it with --columns images=NAME")
+    if name in TOY_DATASETS:
+        return splits
     rows = {role: as_trained(getattr(splits, role), folder) for role in ("train", "validation", "test")}
     return replace(splits, **rows)
 
@@ -118,33 +121,21 @@ def located(source: Any, folder: Path | None) -> Any:
 
 def as_trained(rows: Dataset, folder: Path | None) -> Dataset:
     """The rows in the columns `images`, `prompt`, `completion`."""
-    from datasets import Image, List
-
-    if "image" in rows.column_names:
-        rows = _map(rows, lambda image: {"images": [image]}, "image", decode=False)
-    if "messages" in rows.column_names:
-        rows = _map(rows, lambda turns: {"prompt": turns[:-1], "completion": turns[-1:]}, "messages")
-    if rows.features["images"] != List(Image()):
-        rows = _map(rows, lambda paths: {"images": [located(path, folder) for path in paths]}, "images")
-        rows = rows.cast_column("images", List(Image()))
-    if any(MARK in str(prompt) for prompt in rows.with_format("arrow")["prompt"]) or isinstance(rows[0]["prompt"], str):
-        rows = _map(rows, lambda turns: {"prompt": [_with_parts(turn) for turn in _as_turns(turns, "user")]}, "prompt")
-        rows = _map(rows, lambda turns: {"completion": _as_turns(turns, "assistant")}, "completion")
-    return rows.select_columns(["images", "prompt", "completion"])
-
-
-def _map(rows: Dataset, change: Any, column: str, decode: bool = True) -> Dataset:
-    """Rows with one column replaced by what `change` makes of it."""
     from datasets import Features, Image, Json, List
 
-    kinds = {"images": List(Image(decode=True)), "prompt": List(Json()), "completion": List(Json())}
-    if not decode and isinstance(rows.features[column], Image):
-        rows = rows.cast_column(column, Image(decode=False))
-    made = change(rows[0][column])
-    features = {n: f for n, f in rows.features.items() if n != column} | {n: kinds[n] for n in made}
-    if column == "images":
-        features = dict(rows.features)
-    return rows.map(change, input_columns=[column], remove_columns=[column], features=Features(features))
+    for column, feature in rows.features.items():
+        if (encoded := image_feature(feature, decode=False)) is not None:
+            rows = rows.cast_column(column, encoded)  # images go through as they are
+
+    def convert(row: dict[str, Any]) -> dict[str, Any]:
+        found = [located(source, folder) for source in images_of(row)]
+        turns = [_with_parts(turn) for turn in turns_of(row)]
+        encoded = [{"path": source, "bytes": None} if isinstance(source, str) else source for source in found]
+        return {"images": encoded, "prompt": turns[:-1], "completion": turns[-1:]}
+
+    features = Features({"images": List(Image(decode=False)), "prompt": List(Json()), "completion": List(Json())})
+    converted = rows.map(convert, remove_columns=rows.column_names, features=features)
+    return converted.cast_column("images", List(Image()))
 
 
 def _with_parts(turn: dict[str, Any]) -> dict[str, Any]:

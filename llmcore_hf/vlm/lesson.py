@@ -49,6 +49,7 @@ class VisionLesson:
         images_per_row: how many images a question has; None for any number.
         default_template: the chat template of a checkpoint that has none.
         panels: what its curves show besides losses and accuracies.
+        loss_title: what its loss is.
         usage: how the model card loads what the run saved.
     """
 
@@ -58,6 +59,7 @@ class VisionLesson:
     images_per_row: int | None = None
     default_template: str | None = None
     panels: tuple[Panel, ...] = ()
+    loss_title: str = "Loss of the next token"
     usage: str = USAGE
 
     def make_trainer(self, config: Config, job: VisionJob, splits: Splits, args: SFTConfig) -> StagedTrainer:
@@ -154,7 +156,8 @@ class VisionLesson:
         where = f"{Path(job.name).name} on {Path(splits.source).name}"
         block = run_dir.summary["eval"]
         run_dir.write(
-            "training_curves.png", pictures.curves(f"{self.title}: {where}", run_dir.history, block, self.panels)
+            "training_curves.png",
+            pictures.curves(f"{self.title}: {where}", run_dir.history, block, self.loss_title, self.panels),
         )
         shown = spread(len(rows), N_GRID)
         title = f"{self.title}: held-out images, after training"

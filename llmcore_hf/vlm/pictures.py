@@ -68,7 +68,9 @@ def attention(
     return png(figure)
 
 
-def curves(title: str, history: list[dict[str, Any]], block: dict[str, Any], panels: Sequence[Panel] = ()) -> bytes:
+def curves(
+    title: str, history: list[dict[str, Any]], block: dict[str, Any], loss_title: str, panels: Sequence[Panel] = ()
+) -> bytes:
     """`training_curves.png`: losses, accuracy beside the blind baseline, and the result before and after."""
     shown = {
         "vqa_accuracy": "questions",
@@ -82,7 +84,7 @@ def curves(title: str, history: list[dict[str, Any]], block: dict[str, Any], pan
     }
     standard = [
         Panel(
-            "Loss",
+            loss_title,
             (Line("loss", "training", TRAIN), Line("eval_loss", "held-out (validation)", HELD_OUT, "o")),
         ),
         Panel(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, get_scheduler
+from transformers import PreTrainedModel, Trainer, TrainerCallback, get_scheduler
 
 from llmcore_hf.alignment import training
 from llmcore_hf.alignment.evaluation import evaluating
@@ -261,6 +261,22 @@ class StagedTrainer(Trainer):
     def stage_at(self, step: int) -> Stage:
         """The stage of the optimizer step that comes after `step` steps."""
         return next((s for s, end in zip(self.stages, self.ends, strict=True) if step < end), self.stages[-1])
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The Trainer loads by the names in the file and ignores what does not fit. LLaVA is saved under its published names,
+        which are others than its modules': nothing would fit, and nobody be told. `from_pretrained` knows both."""
+        model = self.accelerator.unwrap_model(model or self.model)
+        if not isinstance(model, PreTrainedModel) or self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        loaded = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
+        model.load_state_dict(loaded.state_dict())
+
+    def _load_best_model(self) -> None:
+        if isinstance(self.accelerator.unwrap_model(self.model), PreTrainedModel):
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> StageSampler:
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
