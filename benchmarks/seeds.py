@@ -42,7 +42,7 @@ def sees(e: dict[str, Any]) -> bool:
 
 SEES = "accuracy on held-out questions at least 0.7, and at least 0.4 above the blind baselines"
 SIGHT = ("vqa_accuracy", "vqa_accuracy/shuffled", "hard/vqa_accuracy")
-VISION = ("llava", "blip2")  # they have more time
+VISION = ("llava", "blip2", "flamingo")  # they have more time
 
 # module -> (metrics shown, the figure to reach, that figure in words)
 CAMPAIGN = {
@@ -53,6 +53,11 @@ CAMPAIGN = {
         "preference accuracy from about 0.5 to at least 0.9, chosen behaviour up by at least 0.30, chosen not less likely",
     ),
     "llava": (SIGHT, sees, SEES),
+    "flamingo": (
+        (*SIGHT, "shots/0", "shots/1", "shots/2", "shots/4"),
+        lambda e: sees(e) and max(e["after"][f"shots/{n}"] for n in (1, 2, 4)) > e["after"]["shots/0"] + 0.15,
+        f"{SEES}; the best number of examples above none by more than 0.15 (the interval is a check of the run)",
+    ),
     "blip2": (
         (*SIGHT, "stage1/itm_accuracy", "frozen_lm/vqa_accuracy"),
         lambda e: sees(e) and e["after"]["stage1/itm_accuracy"] >= 0.7,

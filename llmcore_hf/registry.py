@@ -73,6 +73,14 @@ MODULES = (
         "LLaVA: a projector turns images into tokens",
         "llmcore_hf.vlm.llava",
     ),
+    Module(
+        "flamingo",
+        13,
+        5,
+        "Flamingo：门控交叉注意力与少样本",
+        "Flamingo: gated cross-attention and few-shot",
+        "llmcore_hf.vlm.flamingo",
+    ),
     Module("cql", 10, 4, "离线强化学习：保守 Q 学习 CQL", "Offline RL: conservative Q-learning"),
     Module("bcq", 11, 4, "离线强化学习：批约束 Q 学习 BCQ", "Offline RL: batch-constrained Q-learning"),
 )

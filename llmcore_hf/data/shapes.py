@@ -34,6 +34,9 @@ SHAPES = ("circle", "square", "triangle", "cross")
 POSITIONS = ("top left", "top right", "bottom left", "bottom right")
 QUESTIONS = {"color": "What color is it?", "shape": "What shape is it?", "position": "Where is it?"}
 DESCRIBE = "Describe the image."
+WHAT = "What is it?"  # which attribute is meant, only examples tell
+SHOTS = (0, 1, 2, 4)
+N_FEW_SHOT = 2400
 IMAGE_SIZE = 32
 
 # The data are part of the lesson, so they do not change with the seed of a run.
@@ -133,6 +136,51 @@ def _rows(split: str) -> Dataset:
         for question, answer in questions(triple).values()
     ]
     return Dataset.from_list(rows, features=features)
+
+
+def answer(triple: Triple, kind: str) -> str:
+    """The attribute `kind` of a triple."""
+    return triple[list(QUESTIONS).index(kind)]
+
+
+def few_shot(rng: random.Random, split: str, n_shots: int) -> tuple[Any, ...]:
+    """(kind, triple, ..., triple): the attribute that is asked for, `n_shots` examples and, last, what is asked about.
+
+    No two of them agree in an attribute more than they must, so that copying the answer of an example is seldom right.
+    """
+    triples = split_triples()[split]
+    kind, shown = rng.choice(list(QUESTIONS)), [rng.choice(triples)]
+    while len(shown) <= n_shots:
+        triple = rng.choice(triples)
+        if answer(triple, kind) != answer(shown[-1], kind) and triple not in shown:
+            shown.append(triple)
+    return kind, *shown
+
+
+def few_shot_rows(split: str, n: int, shots: Sequence[int]) -> list[dict[str, Any]]:
+    """Rows whose question, `What is it?`, says what is meant only through the examples before it, each with its image."""
+    rng = random.Random(f"{DATA_SEED}-{split}-few-shot")
+    rows = []
+    for i in range(n):
+        kind, *shown = few_shot(rng, split, shots[i % len(shots)])
+        turns = []
+        for triple in shown:
+            turns.append({"role": "user", "content": [{"type": "image"}, {"type": "text", "text": WHAT}]})
+            turns.append({"role": "assistant", "content": [{"type": "text", "text": answer(triple, kind)}]})
+        images = [render([triple], rng) for triple in shown]
+        rows.append({"images": images, "prompt": turns[:-1], "completion": turns[-1:]})
+    return rows
+
+
+def toy_shapes_few_shot() -> DatasetDict:
+    """`toy-shapes`, and as many training rows with 0, 1, 2 or 4 examples."""
+    from datasets import Dataset, DatasetDict, Features, Image, Json, List, concatenate_datasets
+
+    features = Features({"images": List(Image()), "prompt": List(Json()), "completion": List(Json())})
+    plain = toy_shapes()
+    examples = Dataset.from_list(few_shot_rows("train", N_FEW_SHOT, SHOTS), features=features)
+    splits = {split: plain[split].cast(features) for split in ("train", "validation", "test")}
+    return DatasetDict(splits | {"train": concatenate_datasets([splits["train"], examples])})
 
 
 def toy_shapes() -> DatasetDict:

@@ -15,7 +15,7 @@ from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING
 
 from llmcore_hf.data.digits import toy_digits
-from llmcore_hf.data.shapes import toy_shapes
+from llmcore_hf.data.shapes import toy_shapes, toy_shapes_few_shot
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -116,6 +116,7 @@ TOY_DATASETS = {
     "toy-sort": toy_sort,
     "toy-sort-preference": toy_sort_preference,
     "toy-shapes": toy_shapes,
+    "toy-shapes-few-shot": toy_shapes_few_shot,
     "toy-digits": toy_digits,
 }
 

@@ -245,18 +245,18 @@ class Blip2(VisionLesson):
         weights = output.cross_attentions[-1].mean(dim=1)[..., 1:]  # (B, Q, patches), without the class token
         return training.as_grids({f"query {i + 1}": weights[:, i] for i in range(min(8, weights.shape[1]))})
 
-    def end_checks(self, trainer: StagedTrainer, job: VisionJob, splits: Splits, block: dict[str, Any]) -> list[Check]:
+    def end_checks(self, block: dict[str, Any], after: dict[str, list[float]]) -> list[Check]:
         name = "stage1/itm_accuracy"
         if name not in block["after"]:
             return []
-        n, after = block["n"][name], block["after"][name]
+        n, accuracy = block["n"][name], block["after"][name]
         margin = Z95 * 0.5 / n**0.5
         return [
             Check(
                 "blip2.itm_above_chance",
                 "learning",
-                after - margin > 0.5,
-                {"accuracy": after, "chance": 0.5, "pairs": n},
+                accuracy - margin > 0.5,
+                {"accuracy": accuracy, "chance": 0.5, "pairs": n},
                 f"more than chance, 0.5, by more than {margin:.3f}, the 95 % half-width of guessing {n} pairs",
                 "留出集上的图文匹配（一半是难负例）停在 0.5，说明 Q-Former 没有学会把词和图对上。",
                 "Matching held-out images and texts, half of them hard negatives, at 0.5 means that the Q-Former does not "

@@ -83,8 +83,14 @@ class VisionLesson:
         """What must hold before the first step."""
         return []
 
-    def end_checks(self, trainer: StagedTrainer, job: VisionJob, splits: Splits, block: dict[str, Any]) -> list[Check]:
-        """What must hold, or should have been learned, after the last."""
+    def measure(
+        self, trainer: StagedTrainer, job: VisionJob, splits: Splits, held_out: HeldOut
+    ) -> dict[str, list[float]]:
+        """Held-out metrics of its own, one value per row."""
+        return {}
+
+    def end_checks(self, block: dict[str, Any], after: dict[str, list[float]]) -> list[Check]:
+        """What should have been learned, from the `eval` block and the values per row after training."""
         return []
 
     def run(self, config: Config, run_dir: RunDirectory) -> None:
@@ -113,13 +119,12 @@ class VisionLesson:
         run_dir.summary["model"] = text_training.describe_model(trainer, job)
 
         run_dir.checks += self.start_checks(trainer, job, splits)
-        before, answers_before = held_out.measure(trainer, job), held_out.answers
+        before, answers_before = self._measure(held_out, trainer, job, splits)
         for stage in trainer.stages[:-1]:
             before |= self.milestone(stage.name, trainer, job, held_out)
         trainer.at_end_of = lambda stage: self._end_stage(stage, trainer, job, held_out, run_dir)
         text_training.train(trainer, run_dir)
-        after = held_out.measure(trainer, job)
-        answers_after = held_out.answers
+        after, answers_after = self._measure(held_out, trainer, job, splits)
 
         milestones = {name: values for name, values in before.items() if name not in after}
         run_dir.summary["eval"] = block = text_evaluation.compare(
@@ -128,10 +133,16 @@ class VisionLesson:
         )
         run_dir.checks += training.stage_checks(self.name, trainer)
         run_dir.checks += training.learning_checks(self.name, block, training.above_blind(after))
-        run_dir.checks += self.end_checks(trainer, job, splits, block)
+        run_dir.checks += self.end_checks(block, after)
         run_dir.summary["samples"] = samples(held_out.rows, answers_before, answers_after)
         text_training.write_model_card(run_dir, trainer, job, splits, self.usage)
         self._draw(trainer, job, splits, held_out.rows, answers_after, run_dir)
+
+    def _measure(
+        self, held_out: HeldOut, trainer: StagedTrainer, job: VisionJob, splits: Splits
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Metrics of the held-out rows, and the answers to them."""
+        return held_out.measure(trainer, job) | self.measure(trainer, job, splits, held_out), held_out.answers
 
     def _end_stage(
         self, stage: Stage, trainer: StagedTrainer, job: VisionJob, held_out: HeldOut, run_dir: RunDirectory
@@ -189,7 +200,7 @@ def spread(n: int, wanted: int) -> list[int]:
 
 def hard_rows(data_args: DataArguments) -> Any:
     """Rows of the harder split; None for data without one."""
-    return toy_shapes()["hard"] if data_args.dataset_name == "toy-shapes" else None
+    return toy_shapes()["hard"] if str(data_args.dataset_name).startswith("toy-shapes") else None
 
 
 def samples(rows: list[dict[str, Any]], before: list[str], after: list[str]) -> list[dict[str, str]]:

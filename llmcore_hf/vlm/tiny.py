@@ -66,9 +66,10 @@ def ensure_tower(kind: str) -> Path:
     return _cached(f"tiny-{kind}-vision", partial(_make_tower, kind))
 
 
-def ensure_language_model() -> Path:
-    """Folder of the language model and its tokenizer."""
-    return _cached("tiny-reader", _make_reader)
+def ensure_language_model(few_shot: bool = False) -> Path:
+    """Folder of the language model and its tokenizer; with `few_shot`, of one that has also learned to follow examples."""
+    name = "tiny-few-shot-reader" if few_shot else "tiny-reader"
+    return _cached(name, partial(_make_reader, few_shot=few_shot))
 
 
 def _cached(name: str, make: Callable[[Path], None]) -> Path:
@@ -164,6 +165,36 @@ def _make_blip2(folder: Path) -> None:
     model.generation_config = language_model.generation_config
     tokenizer.chat_template = CHAT_TEMPLATE.replace("<image>\\n", "")  # the processor itself puts the image first
     processor = Blip2Processor(image_processor("blip2"), tokenizer, num_query_tokens=N_QUERIES)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def _make_flamingo(folder: Path) -> None:
+    """Flamingo of the ready parts; resampler and gated cross-attention are new. Its language model can follow examples."""
+    from transformers import AutoConfig, CLIPVisionModel, LlavaProcessor
+
+    from llmcore_hf.vlm.flamingo_model import FlamingoConfig, FlamingoForConditionalGeneration
+
+    tower, reader = ensure_tower("clip"), ensure_language_model(few_shot=True)
+    language_model, tokenizer = _language_model(reader)
+    config = FlamingoConfig(
+        vision_config=AutoConfig.from_pretrained(tower),
+        text_config=language_model.config,
+        num_latents=N_QUERIES,
+        num_heads=N_HEADS,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+    )
+    model: Any = _new(FlamingoForConditionalGeneration, config)
+    model.vision_model.load_state_dict(CLIPVisionModel.from_pretrained(tower).state_dict())
+    model.language_model.load_state_dict(language_model.state_dict())
+    model.generation_config = language_model.generation_config
+    processor = LlavaProcessor(  # a "patch" as large as the image: each image is one token of the text
+        image_processor("clip"),
+        tokenizer,
+        patch_size=shapes.IMAGE_SIZE,
+        vision_feature_select_strategy="full",
+        chat_template=CHAT_TEMPLATE,
+    )
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
@@ -268,17 +299,23 @@ def _labelled_pictures(kind: str, n: int) -> tuple[torch.Tensor, torch.Tensor, t
 # --- language model -------------------------------------------------------------------------------------------------
 
 
-def _make_reader(folder: Path, n_rows: int = 12000, n_steps: int = 400) -> None:
-    """Train a language model on text alone, with the loss on the answers."""
+def _make_reader(folder: Path, few_shot: bool = False, n_rows: int = 12000, n_steps: int = 400) -> None:
+    """Train a language model on text alone, with the loss on the answers; with `few_shot`, every second batch has examples."""
     import torch
     from torch.nn.functional import cross_entropy
 
     tokenizer = make_tokenizer()
     model: Any = tiny.make_model("qwen3", tokenizer, seed=0)
-    input_ids, labels = tiny.encode_pairs(reading_corpus(n_rows), tokenizer)
+    corpora = [tiny.encode_pairs(reading_corpus(n_rows), tokenizer)]
+    if few_shot:
+        corpora.append(tiny.encode_pairs(few_shot_corpus(n_rows), tokenizer))
     generator = torch.Generator().manual_seed(0)
-    for optimizer in _steps(list(model.parameters()), n_steps, 4e-3, "Making tiny-reader (once, cached)"):
-        rows = torch.randint(n_rows, (64,), generator=generator)
+    label = f"Making {folder.parent.name} (once, cached)"
+    for i, optimizer in enumerate(_steps(list(model.parameters()), n_steps * len(corpora), 4e-3, label)):
+        input_ids, labels = corpora[i % len(corpora)]
+        rows = torch.randint(
+            n_rows, (64 // (1 + i % len(corpora)),), generator=generator
+        )  # texts with examples are long
         ids = input_ids[rows]  # (B, T)
         logits = model(ids, attention_mask=ids.ne(tokenizer.pad_token_id)).logits[:, :-1]  # (B, T-1, V)
         cross_entropy(logits.flatten(0, 1), labels[rows][:, 1:].flatten(), ignore_index=-100).backward()
@@ -286,6 +323,22 @@ def _make_reader(folder: Path, n_rows: int = 12000, n_steps: int = 400) -> None:
     model.eval()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def few_shot_corpus(n: int) -> list[tuple[str, str]]:
+    """Pairs (prompt, answer) whose question does not say what is asked; one or two examples before it do."""
+    rng = random.Random(shapes.DATA_SEED)
+    pairs = []
+    for _ in range(n):
+        kind, *shown = shapes.few_shot(rng, "train", rng.choice((1, 1, 2)))
+        turns = [f"{shapes.caption(triple)}\n{shapes.WHAT}" for triple in shown]
+        answers = [shapes.answer(triple, kind) for triple in shown]
+        between = [
+            f"{turn}<|im_end|>\n<|im_start|>assistant\n{a}<|im_end|>\n<|im_start|>user\n"
+            for turn, a in zip(turns, answers, strict=True)
+        ]
+        pairs.append(("".join(between[:-1]) + turns[-1], answers[-1]))
+    return pairs
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -319,4 +372,4 @@ def _steps(parameters: list[Any], n_steps: int, learning_rate: float, label: str
         schedule.step()
 
 
-TINY_VLMS = {"tiny-llava": _make_llava, "tiny-blip2": _make_blip2}
+TINY_VLMS = {"tiny-llava": _make_llava, "tiny-blip2": _make_blip2, "tiny-flamingo": _make_flamingo}
