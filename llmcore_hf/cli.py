@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from importlib import import_module
 
 from llmcore_hf import __version__, registry
 from llmcore_hf.distributed import check_launch, is_main_process, program
@@ -21,11 +22,22 @@ usage: {prog} --module NAME --toy                 run a lesson's offline recipe
        {prog} --list                              all modules
        {prog} data inspect FILE                    what a dataset is, what is wrong with it, what carries loss
        {prog} env                                 versions and hardware, for a bug report
+       {prog} roadmap | brief | export | quiz | cards | progress      the course, see LEARNING_GUIDE.md
 
 Values come in layers: defaults < recipes/NAME/toy.yaml (with --toy) < --config FILE < command line.
 A run leaves its evidence in output/NAME/<run_id>/, and output/NAME/latest points to the newest.
 Several processes: accelerate launch --config_file accelerate_configs/cpu_2.yaml run.py --module NAME --toy
 """
+
+# Commands of the course: they read what runs left behind and import nothing heavy.
+COURSE = {
+    "roadmap": "llmcore_hf.learning.plan",
+    "brief": "llmcore_hf.learning.brief",
+    "export": "llmcore_hf.learning.export",
+    "quiz": "llmcore_hf.learning.quiz",
+    "cards": "llmcore_hf.learning.cards",
+    "progress": "llmcore_hf.learning.progress",
+}
 
 
 def entry_point() -> None:
@@ -78,6 +90,8 @@ def _dispatch(argv: list[str]) -> int:
 
         _quiet_defaults()
         return data_command(argv[1:], program())
+    if argv and argv[0] in COURSE:
+        return int(import_module(COURSE[argv[0]]).main(argv[1:]))
     if "--version" in argv:
         print(f"llmcore_hf {__version__}")
         return 0

@@ -36,7 +36,8 @@ turn = {"role": "user", "content": [{"type": "image", "path": "image.png"}, {"ty
 inputs = processor.apply_chat_template(
     [turn], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
 )
-print(processor.decode(model.generate(**inputs, max_new_tokens=32)[0], skip_special_tokens=True))"""
+print(processor.decode(model.generate(**inputs, max_new_tokens=32)[0], skip_special_tokens=True))
+"""
 
 
 class VisionLesson:
