@@ -23,7 +23,7 @@ import torch
 from transformers import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from llmcore_hf.alignment.evaluation import evaluating
+from llmcore_hf.alignment.evaluation import GenerationArguments, evaluating
 from llmcore_hf.alignment.training import ModelArguments
 from llmcore_hf.checks import Check
 from llmcore_hf.config import Config, RunArguments
@@ -79,7 +79,15 @@ class Blip2Arguments:
 def argument_classes() -> tuple[type, ...]:
     from trl import SFTConfig
 
-    return (RunArguments, Blip2Arguments, VisionArguments, DataArguments, ModelArguments, SFTConfig)
+    return (
+        RunArguments,
+        Blip2Arguments,
+        VisionArguments,
+        DataArguments,
+        GenerationArguments,
+        ModelArguments,
+        SFTConfig,
+    )
 
 
 def check(config: Config) -> list[str]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from llmcore_hf.alignment.evaluation import evaluating
+from llmcore_hf.alignment.evaluation import GenerationArguments, evaluating
 from llmcore_hf.alignment.training import ModelArguments
 from llmcore_hf.checks import Check
 from llmcore_hf.config import Config, RunArguments
@@ -54,7 +54,15 @@ class FlamingoArguments:
 def argument_classes() -> tuple[type, ...]:
     from trl import SFTConfig
 
-    return (RunArguments, FlamingoArguments, VisionArguments, DataArguments, ModelArguments, SFTConfig)
+    return (
+        RunArguments,
+        FlamingoArguments,
+        VisionArguments,
+        DataArguments,
+        GenerationArguments,
+        ModelArguments,
+        SFTConfig,
+    )
 
 
 def check(config: Config) -> list[str]:

@@ -102,7 +102,7 @@ class VisionLesson:
         if options.image is not None:
             answer_question(config, job, args, run_dir)
             return
-        data_args = config.part(DataArguments)
+        data_args, generation = config.part(DataArguments), config.part(text_evaluation.GenerationArguments)
         bad_rows_file = run_dir.path / text_training.BAD_ROWS
         splits = load_splits(data_args, args.seed, self.images_per_row, args.load_best_model_at_end, bad_rows_file)
         with text_training.explaining(job, splits):
@@ -111,8 +111,8 @@ class VisionLesson:
         held_out = HeldOut.of(
             splits.test,
             hard_rows(data_args),
-            data_args.max_generation_samples,
-            data_args.max_new_tokens,
+            generation.max_generation_samples,
+            generation.max_new_tokens,
             args.per_device_eval_batch_size,
         )
         shares = training.token_shares(trainer, splits.train)
@@ -235,7 +235,7 @@ def answer_question(config: Config, job: VisionJob, args: Any, run_dir: RunDirec
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"the model {job.name} cannot be loaded: {' '.join(str(error).split())}") from error
     row = {"images": pictures_given, "prompt": [{"role": "user", "content": options.question}]}
-    n_tokens = config.part(DataArguments).max_new_tokens
+    n_tokens = config.part(text_evaluation.GenerationArguments).max_new_tokens
     answers = evaluation.generate(model.to(accelerator.device), job.processor, [row], n_tokens, 1, accelerator)
     if distributed.is_main_process():
         print(f"{options.question}\n{answers.texts[0]}")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl import SFTTrainer
 
+from llmcore_hf.alignment.evaluation import GenerationArguments
 from llmcore_hf.alignment.training import ModelArguments
 from llmcore_hf.config import Config, RunArguments
 from llmcore_hf.data.loading import DataArguments, Splits
@@ -39,7 +40,7 @@ LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_p
 def argument_classes() -> tuple[type, ...]:
     from trl import SFTConfig
 
-    return (RunArguments, VisionArguments, DataArguments, ModelArguments, SFTConfig)
+    return (RunArguments, VisionArguments, DataArguments, GenerationArguments, ModelArguments, SFTConfig)
 
 
 class LlavaTrainer(StagedTrainer, SFTTrainer):
