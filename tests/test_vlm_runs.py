@@ -40,7 +40,7 @@ def summary_of(run_dir: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_toy_sees(toy_run, module: str) -> None:
-    """Bounds: the figures the project promises; measured were at least .86, blind at most .33."""
+    """Bounds: the figures the project promises. Measured: llava at least .98 (five seeds), blip2 .94 (three), flamingo .86 (one)."""
     result, run_dir = toy_run(module)
     assert result.returncode == 0, result.stderr
     summary = summary_of(run_dir)
@@ -99,7 +99,7 @@ def test_flamingo_learns_from_examples(toy_run) -> None:
 
 
 def test_blip2_learns_all_three_objectives(toy_run) -> None:
-    """Five seeds gave at least .95 for matching with this recipe; half of the pairs are hard negatives."""
+    """Three seeds gave .78, .95 and .89 for matching with 40 steps fewer; half of the pairs are hard negatives."""
     after = summary_of(toy_run("blip2")[1])["eval"]["after"]
     assert after["stage1/itm_accuracy"] >= 0.7
     assert after["stage1/itc_accuracy"] >= 0.8 and after["stage1/itg_accuracy"] >= 0.8
