@@ -59,6 +59,14 @@ MODULES = (
     ),
     Module("cql", 10, 4, "离线强化学习：保守 Q 学习 CQL", "Offline RL: conservative Q-learning"),
     Module("bcq", 11, 4, "离线强化学习：批约束 Q 学习 BCQ", "Offline RL: batch-constrained Q-learning"),
+    Module(
+        "megatron",
+        14,
+        5,
+        "模型并行：TP、SP、PP、DP 与 3D",
+        "Model parallelism: tensor, sequence, pipeline, data, 3D",
+        "llmcore_hf.systems.megatron",
+    ),
 )
 
 
