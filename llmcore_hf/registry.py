@@ -67,6 +67,15 @@ MODULES = (
         "Model parallelism: tensor, sequence, pipeline, data, 3D",
         "llmcore_hf.systems.megatron",
     ),
+    Module(
+        "deepspeed",
+        14,
+        5,
+        "ZeRO：DeepSpeed 0 到 3 与 FSDP2",
+        "ZeRO: DeepSpeed 0 to 3 and FSDP2",
+        "llmcore_hf.systems.deepspeed",
+        extra="deepspeed",
+    ),
 )
 
 

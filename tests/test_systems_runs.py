@@ -42,3 +42,11 @@ def test_the_megatron_toy(llmcore: Run, tmp_path: Path) -> None:
     assert {len(entry["ranks"]) for name, entry in results["layouts"].items() if name != "one process"} == {2, 8}
     rows = [json.loads(line) for line in (run_of(tmp_path, "megatron") / "log_history.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 11)) and all(row["loss/3d"] for row in rows)
+
+
+def test_the_deepspeed_toy(llmcore: Run, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    result = llmcore("--module", "deepspeed", "--toy", cwd=tmp_path, timeout=500)
+    assert_a_good_run(result, tmp_path, "deepspeed", {"training_curves.png"})
+    results = json.loads((run_of(tmp_path, "deepspeed") / "results.json").read_text(encoding="utf-8"))
+    assert len(results["engines"]) == 12 and len(results["checkpoints"]) == 2

@@ -10,6 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
+from llmcore_hf.systems.data_parallel import Engine
 from llmcore_hf.systems.parallel import Layout, ModelShape, Training
 from llmcore_hf.systems.pipeline import BETWEEN_STAGES
 
@@ -141,3 +142,47 @@ def differences(found: Any, expected: Any, path: str = "") -> list[str]:
         keys = sorted({*found, *expected})
         return [line for k in keys for line in differences(found.get(k), expected.get(k), f"{path}/{k}")]
     return [] if found == expected else [f"{path.strip('/')}: {found} instead of {expected}"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data parallel: ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def zero_bytes(engine: Engine, n_parameters: int, n_ranks: int) -> dict[str, float]:
+    """Bytes a rank holds, section 3.1 and Figure 1: what is sharded is divided by the number of ranks.
+
+    In bfloat16 a parameter takes 2 bytes, its gradient 2, and the optimizer 12: a float32 copy (`master`) and two moments.
+    DeepSpeed's stages 1 to 3 keep such a copy in float32, too, where it is no use.
+    """
+    width = 2 if engine.bf16 else 4
+    deepspeed, fsdp = engine.kind == "deepspeed", engine.kind == "fsdp2"
+    shards_parameters = fsdp or (deepspeed and engine.stage == 3)
+    shards_gradients = fsdp or (deepspeed and engine.stage >= 2)
+    shards_optimizer = fsdp or engine.kind == "zero_redundancy" or (deepspeed and engine.stage >= 1)
+    has_master = deepspeed and (engine.bf16 or engine.stage >= 1)
+    return {
+        "parameters": width * n_parameters / (n_ranks if shards_parameters else 1),
+        "gradients": width * n_parameters / (n_ranks if shards_gradients else 1),
+        "master": 4 * n_parameters * has_master / (n_ranks if shards_optimizer else 1),
+        "optimizer": 8 * n_parameters / (n_ranks if shards_optimizer else 1),
+    }
+
+
+def zero_traffic(engine: Engine, n_parameters: int) -> dict[str, dict[str, int]]:
+    """Bytes of the buffers of each collective, by phase, section 7.
+
+    An all-reduce sends twice its buffer (a reduce-scatter and an all-gather), the others once: plain data parallel and
+    stages 1, 2 send 2 psi, stage 3 sends 3 psi, parameters being gathered forward and backward.
+    """
+    whole = n_parameters * (2 if engine.bf16 else 4)
+    if engine.kind == "fsdp2":
+        again = {"all_gather": whole} if engine.reshard else {}
+        return {"forward": {"all_gather": whole}, "backward": {"reduce_scatter": whole, **again}}
+    if engine.kind == "zero_redundancy":
+        return {"backward": {"all_reduce": whole}, "step": {"broadcast": whole}}
+    if engine.kind == "ddp" or engine.stage == 0:
+        return {"backward": {"all_reduce": whole}}
+    if engine.stage in (1, 2):
+        return {"backward": {"reduce": whole}, "step": {"all_gather": whole}}
+    return {"forward": {"all_gather": whole}, "backward": {"all_gather": whole, "reduce_scatter": whole}}

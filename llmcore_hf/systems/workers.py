@@ -25,7 +25,7 @@ from llmcore_hf.errors import UserError
 
 HOST = "127.0.0.1"
 # Imported once, by the server that forks the workers: they start in a tenth of a second, not in five.
-PRELOAD = ["llmcore_hf.systems.parallel", "transformers.models.qwen3.modeling_qwen3"]
+PRELOAD = ["llmcore_hf.systems.data_parallel", "transformers.models.qwen3.modeling_qwen3"]
 
 
 class WorkerFailed(UserError):
