@@ -24,6 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
+from llmcore_hf.distributed import forbid_deepspeed_to_compile
 from llmcore_hf.systems.parallel import MEASURED_STEP, ModelShape, Training, loss_of, make_model, make_optimizer, whole
 from llmcore_hf.systems.tracing import Collectives, n_bytes
 
@@ -197,12 +198,8 @@ def import_deepspeed() -> Any:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", category=FutureWarning)  # it calls collectives by their former names
     import deepspeed
-    import deepspeed.ops
-    from deepspeed.ops.op_builder.all_ops import ALL_OPS
 
-    # DeepSpeed asks this table what it may build. Left to itself it tries a compiler on each, and then builds a
-    # communication operator that only inference uses.
-    vars(deepspeed.ops)["__compatible_ops__"] = dict.fromkeys(ALL_OPS, False)
+    forbid_deepspeed_to_compile()
     deepspeed.utils.logger.setLevel("ERROR")
     return deepspeed
 

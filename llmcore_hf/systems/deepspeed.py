@@ -33,6 +33,7 @@ from llmcore_hf import lesson
 from llmcore_hf.checks import Check
 from llmcore_hf.config import Config
 from llmcore_hf.errors import UserError
+from llmcore_hf.launch import MISSING_DEEPSPEED
 from llmcore_hf.systems import data_parallel, formulas, parallel, workers
 from llmcore_hf.systems.data_parallel import Engine
 from llmcore_hf.systems.megatron import largest_difference
@@ -63,10 +64,6 @@ CHECKPOINTS = (((2, 2), (1, 1)), ((3, 2), (3, 1)))
 MEMORY_TOLERANCE = 0.05
 SMALL = 64  # bytes: norms and flags that every rank must know
 BF16_TOLERANCE = 0.05  # of a loss, against float32; seen: 0.004 to 0.006
-MISSING = (
-    "DeepSpeed is not installed. After torch: pip install -c constraints.txt -e '.[deepspeed]' (in a checkout), or "
-    "pip install 'llmcore-hf[deepspeed]'"
-)
 
 
 @dataclass
@@ -315,7 +312,7 @@ def run(config: Config, run_dir: RunDirectory) -> None:
     from llmcore_hf.systems import deepspeed_figures as figures
 
     if importlib.util.find_spec("deepspeed") is None:
-        raise UserError(MISSING)
+        raise UserError(MISSING_DEEPSPEED)
     args = config.part(Args)
     shape, training = args.shape, args.training
     batches = packed_batches(training.max_steps, training.batch_size, training.seq_length, args.seed)
