@@ -76,6 +76,14 @@ MODULES = (
         "llmcore_hf.systems.deepspeed",
         extra="deepspeed",
     ),
+    Module(
+        "elastic",
+        14,
+        5,
+        "容错训练：杀掉进程，接着训练",
+        "Fault tolerance: a worker is killed, the job goes on",
+        "llmcore_hf.systems.elastic",
+    ),
 )
 
 

@@ -382,21 +382,31 @@ def test_deepspeed_configurations_become_what_their_names_say(name: str, stage: 
 SHORT = ["--max_steps", "4", "--logging_steps", "1", "--max_eval_samples", "20", "--max_generation_samples", "4"]
 
 
-@pytest.mark.slow
-def test_dpo_in_two_processes_from_anywhere_equals_one(tmp_path: Path) -> None:
-    """The global batch is the same; with four steps the learning checks fail, which is not the question here."""
+def start(folder: Path, name: str, batch_size: int, *before: str) -> subprocess.Popen[str]:
+    """A short DPO run as an installed user starts it; `before` goes in front of `--module`."""
+    options = ["--module", "dpo", "--toy", *SHORT, "--per_device_train_batch_size", str(batch_size)]
+    command = [sys.executable, "-m", "llmcore_hf", *before, *options, "--output_dir", name]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    logs = []
-    for name, start, batch in (
-        ("one", [], "32"),
-        ("two", ["launch", "--accelerate_config", "cpu_2"], "16"),
-    ):
-        options = ["--module", "dpo", "--toy", *SHORT, "--per_device_train_batch_size", batch, "--output_dir", name]
-        command = [sys.executable, "-m", "llmcore_hf", *start, *options]
-        result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=400)
-        history = tmp_path / name / "log_history.jsonl"
-        assert history.exists(), result.stderr
-        rows = [json.loads(line) for line in history.read_text().splitlines()]
-        logs.append([row["loss"] for row in rows if "loss" in row])
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=env, **pipes)
+
+
+@pytest.mark.slow
+def test_two_launchers_are_one_job_that_equals_one_process(tmp_path: Path) -> None:
+    """Two "machines" on loopback, one process each, over TCP. The global batch is that of the single process."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = str(probe.getsockname()[1])
+    meet = ["--main_process_ip", "127.0.0.1", "--main_process_port", port, "--num_machines", "2"]
+    config = ["launch", "--accelerate_config", "cpu_2", "--num_processes", "2", *meet]
+    nodes = [start(tmp_path, "two", 16, *config, "--machine_rank", rank) for rank in ("0", "1")]
+    outputs = [node.communicate(timeout=400)[0] for node in nodes]
+    [alone_output] = [start(tmp_path, "one", 32).communicate(timeout=400)[0]]
+    losses = {}
+    for name, output in (("one", alone_output), ("two", outputs[0])):
+        assert (tmp_path / name / "log_history.jsonl").exists(), output
+        rows = [json.loads(line) for line in (tmp_path / name / "log_history.jsonl").read_text().splitlines()]
+        losses[name] = [row["loss"] for row in rows if "loss" in row]
     assert json.loads((tmp_path / "two" / "summary.json").read_text())["env"]["world_size"] == 2
-    assert logs[1] == pytest.approx(logs[0], abs=1e-4) and len(logs[0]) == 4
+    assert losses["two"] == pytest.approx(losses["one"], abs=1e-5) and len(losses["one"]) == 4
+    assert "training_curves.png" not in outputs[1]  # the second machine reports nothing

@@ -224,7 +224,7 @@ def test_the_equality_checks_fail_for_one_wrong_element() -> None:
 
 def test_tensors_of_one_side_alone_are_no_equality() -> None:
     with pytest.raises(KeyError, match="one side alone"):
-        megatron.largest_difference({"a": torch.ones(1)}, {"a": torch.ones(1), "b": torch.ones(1)})
+        parallel.largest_difference({"a": torch.ones(1)}, {"a": torch.ones(1), "b": torch.ones(1)})
 
 
 @pytest.mark.parametrize(

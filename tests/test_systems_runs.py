@@ -50,3 +50,8 @@ def test_the_deepspeed_toy(llmcore: Run, tmp_path: Path) -> None:
     assert_a_good_run(result, tmp_path, "deepspeed", {"training_curves.png"})
     results = json.loads((run_of(tmp_path, "deepspeed") / "results.json").read_text(encoding="utf-8"))
     assert len(results["engines"]) == 12 and len(results["checkpoints"]) == 2
+
+
+def test_the_elastic_toy(llmcore: Run, tmp_path: Path) -> None:
+    result = llmcore("--module", "elastic", "--toy", cwd=tmp_path, timeout=500)
+    assert_a_good_run(result, tmp_path, "elastic", {"training_curves.png"})

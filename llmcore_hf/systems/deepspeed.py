@@ -36,7 +36,6 @@ from llmcore_hf.errors import UserError
 from llmcore_hf.launch import MISSING_DEEPSPEED
 from llmcore_hf.systems import data_parallel, formulas, parallel, workers
 from llmcore_hf.systems.data_parallel import Engine
-from llmcore_hf.systems.megatron import largest_difference
 from llmcore_hf.systems.parallel import ModelShape, Training
 from llmcore_hf.systems.text import VOCAB_SIZE, packed_batches
 
@@ -177,7 +176,7 @@ class Outcome:
         """The largest differences of losses and final weights from the training in one process."""
         return {
             "losses": max(abs(a - b) for a, b in zip(self.losses, alone["losses"], strict=True)),
-            "weights": largest_difference(self.ranks[0]["weights"], alone["weights"]),
+            "weights": parallel.largest_difference(self.ranks[0]["weights"], alone["weights"]),
         }
 
 

@@ -196,8 +196,8 @@ class Outcome:
         """The largest differences from the training in one process."""
         return {
             "loss": max(abs(a - b) for a, b in zip(self.losses, alone["losses"], strict=True)),
-            "gradients": largest_difference(self.gradients, alone["gradients"]),
-            "weights": largest_difference(self.weights, alone["weights"]),
+            "gradients": parallel.largest_difference(self.gradients, alone["gradients"]),
+            "weights": parallel.largest_difference(self.weights, alone["weights"]),
         }
 
     def spans(self, step: int) -> list[list[Span]]:
@@ -207,17 +207,6 @@ class Outcome:
 
     def per_rank(self, key: str) -> list[int]:
         return [rank["bytes"][key] for rank in self.ranks]
-
-
-def largest_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The largest absolute difference of any element.
-
-    Raises:
-        KeyError: a tensor is missing, or there is one too many.
-    """
-    if found.keys() != expected.keys():
-        raise KeyError(f"tensors of one side alone: {sorted(found.keys() ^ expected.keys())}")
-    return max(float((found[name] - expected[name]).abs().max()) for name in expected)
 
 
 def train_layout(layout: Layout, shape: ModelShape, training: Training, batches: Tensor) -> Outcome:

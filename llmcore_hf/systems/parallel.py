@@ -391,3 +391,14 @@ def train_alone(shape: ModelShape, training: Training, batches: Tensor) -> dict[
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
     }
+
+
+def largest_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest absolute difference of any element.
+
+    Raises:
+        KeyError: a tensor is missing, or there is one too many.
+    """
+    if found.keys() != expected.keys():
+        raise KeyError(f"tensors of one side alone: {sorted(found.keys() ^ expected.keys())}")
+    return max(float((found[name] - expected[name]).abs().max()) for name in expected)
