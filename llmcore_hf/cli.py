@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from importlib import import_module
 
 from llmcore_hf import __version__, registry
 from llmcore_hf.distributed import check_launch, is_main_process, program
@@ -22,11 +23,22 @@ usage: {prog} --module NAME --toy                 run a lesson's offline recipe
        {prog} launch --accelerate_config NAME [...]   a module in several processes; `launch --help` shows more
        {prog} data inspect FILE                    what a dataset is, what is wrong with it, what carries loss
        {prog} env                                 versions and hardware, for a bug report
+       {prog} roadmap | brief | export | quiz | cards | progress      the course, see LEARNING_GUIDE.md
 
 Values come in layers: defaults < recipes/NAME/toy.yaml (with --toy) < --config FILE < command line.
 A run leaves its evidence in output/NAME/<run_id>/, and output/NAME/latest points to the newest.
 Several processes: {prog} launch --accelerate_config cpu_2 --module NAME --toy, or `accelerate launch` with run.py
 """
+
+# Commands of the course: they read what runs left behind and import nothing heavy.
+COURSE = {
+    "roadmap": "llmcore_hf.learning.plan",
+    "brief": "llmcore_hf.learning.brief",
+    "export": "llmcore_hf.learning.export",
+    "quiz": "llmcore_hf.learning.quiz",
+    "cards": "llmcore_hf.learning.cards",
+    "progress": "llmcore_hf.learning.progress",
+}
 
 
 def entry_point() -> None:
@@ -83,6 +95,8 @@ def _dispatch(argv: list[str]) -> int:
         from llmcore_hf.launch import main as launch
 
         return launch(argv[1:], program())
+    if argv and argv[0] in COURSE:
+        return int(import_module(COURSE[argv[0]]).main(argv[1:]))
     if "--version" in argv:
         print(f"llmcore_hf {__version__}")
         return 0

@@ -178,8 +178,7 @@ def resolve(module: Module, request: Request) -> Config:
     Raises:
         ConfigError: with every unknown option, wrong value and impossible combination that was found.
     """
-    code = module.load()
-    options = Options(code.argument_classes())
+    options = Options(module.load().argument_classes())
     problems: list[str] = []
     layers: list[tuple[str, dict[str, Any]]] = []
     if request.toy:
@@ -188,7 +187,27 @@ def resolve(module: Module, request: Request) -> Config:
     if request.config:
         layers += options.from_config_file(request.config, problems)
     layers.append((COMMAND_LINE, options.from_command_line(request.options, problems)))
+    return _merge(module, options, layers, request.toy, problems)
 
+
+def resolve_mapping(module: Module, mapping: dict[str, Any], source: str, given: dict[str, Any], toy: bool) -> Config:
+    """The config of a `module` that is a stage of another: options from `mapping`, over them the values `given`.
+
+    Raises:
+        ConfigError: as in `resolve`; the messages name the `source` of the mapping.
+    """
+    options = Options(module.load().argument_classes())
+    problems = [f"{source}: `{name}` is set by the stages themselves" for name in sorted(mapping.keys() & given.keys())]
+    return _merge(
+        module, options, [(source, options.from_document(mapping, source, problems)), (source, given)], toy, problems
+    )
+
+
+def _merge(
+    module: Module, options: Options, layers: list[tuple[str, dict[str, Any]]], toy: bool, problems: list[str]
+) -> Config:
+    """One config from layers, the later ones over the earlier; `problems` holds what was wrong with reading them."""
+    code = module.load()
     explicit = {name: value for _, layer in layers for name, value in layer.items()}
     house = {name: value for name, value in code.house_defaults(explicit).items() if name not in explicit}
     layers.insert(0, (HOUSE, house))
@@ -197,7 +216,7 @@ def resolve(module: Module, request: Request) -> Config:
     for source, layer in layers:
         values |= layer
         sources |= dict.fromkeys(layer, source)
-    config = Config(module.name, request.toy, values, sources, parts=())
+    config = Config(module.name, toy, values, sources, parts=())
     problems += code.check(config)
     if values.get("resume_from_checkpoint") == "":
         problems.append("--resume_from_checkpoint is empty: give `last`, or the path of a checkpoint")
@@ -244,9 +263,10 @@ class Options:
 
     def from_yaml(self, path: Path, shown: str, problems: list[str]) -> dict[str, Any]:
         """Values of a YAML file of options; what is wrong with them is appended to `problems`."""
-        return self._from_document(_read_or_tell(path, problems), shown, problems)
+        return self.from_document(_read_or_tell(path, problems), shown, problems)
 
-    def _from_document(self, document: dict[Any, Any], shown: str, problems: list[str]) -> dict[str, Any]:
+    def from_document(self, document: dict[Any, Any], shown: str, problems: list[str]) -> dict[str, Any]:
+        """Values of a mapping of options; what is wrong with them is appended to `problems`."""
         values: dict[str, Any] = {}
         for name, value in document.items():
             if name in ("module", "toy", EXPLICIT):
@@ -262,7 +282,7 @@ class Options:
     def from_config_file(self, name: str, problems: list[str]) -> list[tuple[str, dict[str, Any]]]:
         """The layers of a `--config` file. A resolved config says which of its values were left at their defaults."""
         document = _read_or_tell(Path(name), problems)
-        values = self._from_document(document, name, problems)
+        values = self.from_document(document, name, problems)
         explicit = document.get(EXPLICIT, list(values))
         if not isinstance(explicit, list):
             problems.append(f"{name}: `{EXPLICIT}` is a list of options, not {explicit!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,13 +26,20 @@ class Panel:
     level_label: str = ""
 
 
-def draw(title: str, history: list[dict[str, Any]], panels: list[Panel], bars: dict[str, tuple[float, float]]) -> bytes:
-    """PNG of the panels and, last, bars of each held-out share `name -> (before, after)`, all in [0, 1].
+def draw(
+    title: str,
+    history: list[dict[str, Any]],
+    panels: list[Panel],
+    bars: dict[str, tuple[float, float]],
+    own: Sequence[Callable[[Any], None]] = (),
+) -> bytes:
+    """PNG of the panels, of what a module draws itself on axes of its `own`, and of bars of each held-out share
+    `name -> (before, after)`, all in [0, 1].
 
     Panels without a single value are left out, so that no empty axes pretend to be a curve.
     """
     panels = [panel for panel in panels if any(_points(history, line.key) for line in panel.lines)]
-    count = len(panels) + bool(bars)
+    count = len(panels) + len(own) + bool(bars)
     columns = min(count, 2) or 1
     rows = -(-count // columns) or 1
     figure, axes = pyplot().subplots(
@@ -42,8 +50,10 @@ def draw(title: str, history: list[dict[str, Any]], panels: list[Panel], bars: d
     flat = list(axes.flat)
     for axis, panel in zip(flat, panels, strict=False):
         _draw_panel(axis, panel, history)
+    for axis, draw_on in zip(flat[len(panels) :], own, strict=False):
+        draw_on(axis)
     if bars:
-        _draw_bars(flat[len(panels)], bars)
+        _draw_bars(flat[count - 1], bars)
     for axis in flat[count:]:
         axis.set_visible(False)
     return png(figure)

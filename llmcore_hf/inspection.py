@@ -41,6 +41,10 @@ class InspectArguments:
         default="tiny-qwen",
         metadata={"help": "Whose tokenizer and chat template to use: a folder, a hub id, a tiny one."},
     )
+    module: str | None = field(
+        default=None,
+        metadata={"help": "Show rows as this module's trainer sees them; else the first that trains on such data."},
+    )
     max_length: int = field(default=1024, metadata={"help": "Length limit in tokens, as in training."})
     row: int = field(
         default=0,
@@ -117,13 +121,13 @@ def inspect(name: str, args: InspectArguments) -> int:
         for split, source in opened.sources.items()
     }
     job = training.load_job(args.model_name_or_path)
-    module = registry.for_task(opened.format.task)
+    module = _module_for(opened, args.module)
     limit = module.load().prompt_limit_of(job, args.max_length) if module else None
     report = Report()
     report.add(find_problems(splits, args.dataset_train_split, name, limit))
 
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
-    _print_facts(console, opened, splits, module)
+    _print_facts(console, opened, splits)
     try:
         if module:
             _print_rows(console, splits[args.dataset_train_split], module, job, args)
@@ -132,11 +136,26 @@ def inspect(name: str, args: InspectArguments) -> int:
     return 1 if report.total else 0
 
 
-def _print_facts(console: Any, opened: Opened, splits: dict[str, Split], module: Module | None) -> None:
+def _module_for(opened: Opened, name: str | None) -> Module | None:
+    """The module whose view of the rows is shown; None when no module trains on such data.
+
+    Raises:
+        ConfigError: the one that is named does not train on such data.
+    """
+    if name is None:
+        return registry.for_task(opened.format.task)
+    module = registry.get(name)
+    if module.trains_on != opened.format.task:
+        raise ConfigError([f"--module {name} does not train on {opened.format.name} data like {opened.name}"])
+    return module
+
+
+def _print_facts(console: Any, opened: Opened, splits: dict[str, Split]) -> None:
     from llmcore_hf.data import formats
 
     fmt, columns = opened.format, next(iter(opened.sources.values())).columns
     outputs = ", ".join(f"{name} ({kind})" for name, kind in fmt.outputs.items())
+    suited = [module.name for module in registry.MODULES if module.trains_on == fmt.task]
     counts = ", ".join(
         f"{name} {len(split.good)} ({int(split.good.sum())} without problems)" for name, split in splits.items()
     )
@@ -146,7 +165,7 @@ def _print_facts(console: Any, opened: Opened, splits: dict[str, Split], module:
         "columns": f"{', '.join(columns)} -> {outputs}",
         "unused": ", ".join(sorted(set(columns) - {opened.columns.get(name, name) for name in fmt.reads})),
         "mapped": ", ".join(f"{target} from {origin}" for target, origin in opened.columns.items()),
-        "for": f"--module {module.name}" if module else "no module of this version",
+        "for": f"--module {' or '.join(suited)}" if suited else "no module of this version",
         "rows": counts,
     }
     for key, value in facts.items():
@@ -206,9 +225,13 @@ def _print_lengths(console: Any, rows: list[SeenRow], n_rows: int, args: Inspect
     for name, values in lengths.items():
         numbers = f"{np.median(values):>8.0f}{np.percentile(values, 95):>8.0f}{max(values):>9}"
         console.print(f"          {name:<10}{numbers}", markup=False)
-    cut = sum(row.n_full > args.max_length for row in rows) / len(rows)
+    whole = [row.n_full == len(row.ids) for row in rows]
+    cut, left_out = 1 - sum(whole) / len(rows), sum(len(row.ids) > args.max_length for row in rows) / len(rows)
     trained, total = sum(sum(row.carries_loss) for row in rows), sum(len(row.ids) for row in rows)
-    console.print(f"cut off   {cut:.1%} at --max_length {args.max_length}", markup=False)
+    if left_out:  # by a trainer that does not cut
+        console.print(f"too long  {left_out:.1%} for --max_length {args.max_length}: left out", markup=False)
+    else:
+        console.print(f"cut off   {cut:.1%} at --max_length {args.max_length}", markup=False)
     console.print(f"loss      on {trained / max(total, 1):.1%} of the tokens that are left", markup=False)
 
 

@@ -29,6 +29,7 @@ class Module:
     code: str | None = None
     extra: str | None = None  # the optional dependency group it needs
     trains_on: str | None = None  # task of its datasets, as `data.formats` names them
+    stages: tuple[str, ...] = ()  # modules that it runs one after the other, each in a directory of its own
 
     def load(self) -> Any:
         if self.code:
@@ -56,6 +57,36 @@ MODULES = (
         "Direct preference optimization",
         "llmcore_hf.alignment.dpo",
         trains_on="preference",
+    ),
+    Module(
+        "reward",
+        6,
+        3,
+        "奖励模型：从偏好学打分",
+        "Reward modelling: scores from preferences",
+        "llmcore_hf.alignment.reward",
+        trains_on="preference",
+    ),
+    Module(
+        "ppo", 7, 4, "PPO：近端策略优化", "Proximal policy optimization", "llmcore_hf.alignment.ppo", trains_on="prompt"
+    ),
+    Module(
+        "grpo",
+        8,
+        4,
+        "GRPO：组内相对策略优化",
+        "Group relative policy optimization",
+        "llmcore_hf.alignment.grpo",
+        trains_on="prompt",
+    ),
+    Module(
+        "rlhf",
+        9,
+        4,
+        "RLHF 全流程：SFT、奖励模型、PPO",
+        "The RLHF pipeline: SFT, reward model, PPO",
+        "llmcore_hf.alignment.rlhf",
+        stages=("sft", "reward", "ppo"),
     ),
     Module("cql", 10, 4, "离线强化学习：保守 Q 学习 CQL", "Offline RL: conservative Q-learning"),
     Module("bcq", 11, 4, "离线强化学习：批约束 Q 学习 BCQ", "Offline RL: batch-constrained Q-learning"),

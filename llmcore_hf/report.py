@@ -19,7 +19,7 @@ def print_report(path: Path, status: str, error: str | None) -> None:
     if summary["eval"]:
         console.print(_results(summary["eval"]))
     for check in summary["checks"]:
-        console.print(f"  {MARKS[check['status']]}  {check['id']}: {escape(_observed(check['observed']))}")
+        console.print(f"  {MARKS[check['status']]}  {check['id']}: {escape(show_observed(check['observed']))}")
         if check["status"] in ("warn", "fail"):
             console.print(f"        expected {escape(check['expected'])}. {escape(check['why_en'])}")
     console.print(f"\n{status}: {summary['wall_seconds']:.0f} s, {summary['peak_rss_mb']:.0f} MB, {path}/")
@@ -52,9 +52,10 @@ def _number(value: float | None, sign: str = "") -> str:
     return "-" if value is None else f"{value:{sign}.3f}"
 
 
-def _observed(value: Any) -> str:
+def show_observed(value: Any) -> str:
+    """What a check observed, in a few words."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_observed(item)}" for key, item in value.items())
+        return ", ".join(f"{key} {show_observed(item)}" for key, item in value.items())
     return str(value)

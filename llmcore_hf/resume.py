@@ -13,6 +13,7 @@ from llmcore_hf import distributed
 from llmcore_hf.config import NOT_REPEATED, Config, plain, read_yaml
 from llmcore_hf.durability import checkpoints, incompleteness, last_complete, read_marker
 from llmcore_hf.errors import ConfigError
+from llmcore_hf.registry import Module
 
 LAST = ("last", "true")  # values of --resume_from_checkpoint that mean the newest one
 # Options that change what is shown and kept, not what is trained. How often a run evaluates is not among them: each
@@ -59,7 +60,7 @@ def last_step(checkpoint: Path) -> int:
     return int(marker["step"])
 
 
-def check(run_dir: Path, resume: str, module: str, config: Config) -> None:
+def check(run_dir: Path, resume: str, module: Module, config: Config) -> None:
     """Refuse, before anything is written, to resume what is not there, another module's run, or a finished one.
 
     Newer checkpoints that `last` passes over are named on stderr.
@@ -67,6 +68,9 @@ def check(run_dir: Path, resume: str, module: str, config: Config) -> None:
     Raises:
         ConfigError: with the way out.
     """
+    if module.stages:
+        _check_stages(run_dir, resume, module.name)
+        return
     checkpoint = find(run_dir, resume)
     if resume.lower() in LAST:
         for path, reason in last_complete(run_dir)[1].items():
@@ -79,11 +83,21 @@ def check(run_dir: Path, resume: str, module: str, config: Config) -> None:
                 "--output_dir to go on in its own directory, or name a new one"
             ]
         )
-    if (name := options_of(home).get("module", module)) != module:
-        raise ConfigError([f"--resume_from_checkpoint {resume}: {home} is a run of `{name}`, not of `{module}`"])
+    if (name := options_of(home).get("module", module.name)) != module.name:
+        raise ConfigError([f"--resume_from_checkpoint {resume}: {home} is a run of `{name}`, not of `{module.name}`"])
     step, max_steps = last_step(checkpoint), config.values.get("max_steps", -1)
     if 0 < max_steps < step or (max_steps == step and _has_ended(home)):
         raise ConfigError([f"{checkpoint} has already done {step} steps: raise --max_steps to go on"])
+
+
+def _check_stages(run_dir: Path, resume: str, module: str) -> None:
+    """A run of stages goes on in its own directory, in the stage that has not ended."""
+    if resume.lower() not in LAST:
+        raise ConfigError([f"--resume_from_checkpoint {resume}: `{module}` goes on with `last` and --output_dir"])
+    if options_of(run_dir).get("module") != module:
+        raise ConfigError([f"--resume_from_checkpoint {resume}: {run_dir} holds no run of `{module}`"])
+    if (run_dir / "summary.json").exists() and _has_ended(run_dir):
+        raise ConfigError([f"--resume_from_checkpoint {resume}: the run in {run_dir} has ended"])
 
 
 def _has_ended(run_dir: Path) -> bool:

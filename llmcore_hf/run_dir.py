@@ -35,14 +35,29 @@ from llmcore_hf.registry import Module
 SCHEMA_VERSION = 1
 UNFINISHED = "The run has not come to its end: it is still going on, or it was killed."
 # Bookkeeping in the log history that is no metric of the method.
-NOT_METRICS = ("step", "epoch", "total_flos", "train_loss", "num_tokens", "learning_rate", "grad_norm")
+NOT_METRICS = (
+    "step",
+    "epoch",
+    "total_flos",
+    "train_loss",
+    "num_tokens",
+    "learning_rate",
+    "grad_norm",
+    "episode",
+    "eps",
+)
 HIGHER_IS_BETTER = {
     "loss": False,
     "perplexity": False,
     "mean_token_accuracy": True,
+    "accuracy": True,
+    "margin": True,
     "rewards/accuracies": True,
     "rewards/margins": True,
     "return": True,
+    "reward": True,
+    "sampled_reward": True,
+    "objective/scores": True,
     "rms_error": False,
     "bellman_residual": False,
 }
@@ -170,14 +185,19 @@ def execute(module: Module, config: Config, argv: list[str]) -> int:
         if hasattr(part, "output_dir"):
             part.output_dir = str(path)
     run = RunDirectory(path, module, config, argv)
-    if resuming := config.values.get("resume_from_checkpoint"):
+    if (resuming := config.values.get("resume_from_checkpoint")) and not module.stages:  # stages know how far they are
         run.resume_from(distributed.broadcast(resume.find(path, resuming) if distributed.is_main_process() else path))
+    code = carry_out(run)
+    _leave_process_group()
+    return code
+
+
+def carry_out(run: RunDirectory) -> int:
+    """Do what a prepared run is for, record how it ended, and return the exit code."""
     with run.stop:
         status, error, code = _guarded(lambda: _work(run), run)
         with run.stop.deferring("writing the summary"):
-            code = _record(run, status, error, code)
-        _leave_process_group()
-    return code
+            return _record(run, status, error, code)
 
 
 def _work(run: RunDirectory) -> None:
@@ -189,7 +209,9 @@ def _work(run: RunDirectory) -> None:
 
 
 def _unfinished(run: RunDirectory) -> str:
-    keeps_checkpoints = plain(run.config.values.get("save_strategy", "no")) != "no" or run.checkpoint
+    keeps_checkpoints = (
+        plain(run.config.values.get("save_strategy", "no")) != "no" or run.checkpoint or run.module.stages
+    )
     return UNFINISHED + (f" If it was killed, go on with: {resume.command(run.path)}" if keeps_checkpoints else "")
 
 
@@ -230,7 +252,7 @@ def _how_it_stopped(run: RunDirectory, error: BaseException) -> str:
 
 
 def _way_on(run: RunDirectory) -> str:
-    if not run.path.is_dir() or last_complete(run.path)[0] is None:
+    if not run.path.is_dir() or not (run.module.stages or last_complete(run.path)[0]):
         return "start again: there is no checkpoint to go on from"
     return f"go on with: {resume.command(run.path)}"
 
@@ -254,12 +276,12 @@ def _prepare_in_main(module: Module, config: Config) -> Path | ConfigError | Non
     if not distributed.is_main_process():
         return None
     try:
-        return prepare_directory(module.name, config)
+        return prepare_directory(module, config)
     except ConfigError as error:
         return error
 
 
-def prepare_directory(module: str, config: Config) -> Path:
+def prepare_directory(module: Module, config: Config) -> Path:
     """Make the run's directory, empty unless the run resumes.
 
     Raises:
@@ -267,7 +289,7 @@ def prepare_directory(module: str, config: Config) -> Path:
     """
     given = config.values.get("output_dir")
     resuming = config.values.get("resume_from_checkpoint")
-    root = Path("output") / module
+    root = Path("output") / module.name
     try:
         if given:
             path = Path(given).expanduser().resolve() if Path(given).is_symlink() else Path(given).expanduser()
@@ -347,14 +369,18 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def is_metric(name: str) -> bool:
+    """Whether a value of a log row says something about the method; the others are bookkeeping."""
+    base = name.removeprefix("eval_")
+    return base not in NOT_METRICS and not base.endswith(("_per_second", "runtime", "_time"))
+
+
 def summarize(history: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Per metric of the log history: first, last, best value and the step of the best."""
     series: dict[str, list[tuple[int, float]]] = {}
     for row in history:
         for name, value in row.items():
-            base = name.removeprefix("eval_")
-            skip = base in NOT_METRICS or base.endswith(("_per_second", "runtime", "_time"))
-            if not skip and isinstance(value, int | float):
+            if is_metric(name) and isinstance(value, int | float):
                 series.setdefault(name, []).append((row["step"], value))
     return {name: _first_last_best(points, _direction(name)) for name, points in series.items()}
 

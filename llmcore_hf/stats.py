@@ -1,4 +1,4 @@
-"""Confidence intervals for a change measured on the same held-out rows before and after training."""
+"""Confidence intervals: of a change measured on the same held-out rows before and after training, and of a share."""
 
 from __future__ import annotations
 
@@ -33,3 +33,10 @@ def paired_interval(before: Sequence[float], after: Sequence[float]) -> tuple[fl
     variance = sum((d - centre) ** 2 for d in differences) / max(1, n - 1)
     half = Z95 * math.sqrt(variance / n)
     return centre - half, centre + half
+
+
+def share_interval(share: float, n: int) -> tuple[float, float]:
+    """95 % confidence interval of a share in [0, 1] of n >= 1 cases (Wilson 1927, JASA 22:209)."""
+    spread = Z95 * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
+    centre, scale = share + Z95**2 / (2 * n), 1 + Z95**2 / n
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)

@@ -73,6 +73,8 @@ GOOD: dict[str, Callable[[int], Row]] = {
         "completion": [assistant("a")],
         "label": True,
     },
+    "TRL prompt-only": lambda i: {"prompt": f"q{i}"},
+    "TRL prompt-only (conversational)": lambda i: {"prompt": [system("s"), user(f"q{i}")]},
 }
 FORMATS = {fmt.name: fmt for fmt in formats.FORMATS}
 

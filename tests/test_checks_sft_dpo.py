@@ -14,10 +14,11 @@ import torch
 from transformers import AutoTokenizer
 
 from llmcore_hf.alignment import dpo, evaluation, sft, training
+from llmcore_hf.alignment.evaluation import GenerationArguments
 from llmcore_hf.alignment.training import Job, ModelArguments
 from llmcore_hf.checks import Check
 from llmcore_hf.data import toy
-from llmcore_hf.data.loading import DataArguments, Splits
+from llmcore_hf.data.loading import Splits
 from llmcore_hf.data.problems import Report
 from llmcore_hf.errors import UserError
 from llmcore_hf.models import tiny
@@ -257,7 +258,7 @@ def test_rows_that_trl_leaves_out_stop_the_run_or_are_counted(
     rows = sft_rows(6)
     splits = splits_of([{**rows[0], "prompt": [user("Sort: 31 " * 40)]}, *rows], on_bad_rows)
     trainer = sft_trainer(splits)
-    held_out = sft.HeldOut.of(splits, job, trainer.args, DataArguments(max_new_tokens=8), trainer)
+    held_out = sft.HeldOut.of(splits, job, trainer.args, GenerationArguments(max_new_tokens=8), trainer)
     if on_bad_rows == "stop":
         with pytest.raises(UserError, match=r"2 rows of rows.jsonl .* --on_bad_rows drop"):
             training.describe_data(splits, trainer, held_out.shares, len(held_out.rows))
@@ -311,7 +312,7 @@ def test_without_generated_answers_exact_match_is_not_judged() -> None:
 def test_sft_measures_the_answers_the_model_gives(sft_trainer: Any, job: Job) -> None:
     splits = splits_of(sft_rows())
     trainer = sft_trainer(splits)
-    held_out = sft.HeldOut.of(splits, job, trainer.args, DataArguments(max_new_tokens=8), trainer)
+    held_out = sft.HeldOut.of(splits, job, trainer.args, GenerationArguments(max_new_tokens=8), trainer)
     found = held_out.measure(trainer, job)
     assert found.answers is not None
     wanted = [row["completion"][0]["content"] for row in splits.test]
@@ -326,7 +327,7 @@ def test_sft_measures_the_answers_the_model_gives(sft_trainer: Any, job: Job) ->
 
 def held_out_pairs(splits: Splits, job: Job, trainer: Any, n_answers: int = 0) -> dpo.HeldOut:
     return dpo.HeldOut.of(
-        splits, job, trainer.args, DataArguments(max_generation_samples=n_answers, max_new_tokens=8), trainer
+        splits, job, trainer.args, GenerationArguments(max_generation_samples=n_answers, max_new_tokens=8), trainer
     )
 
 
@@ -593,6 +594,6 @@ def test_questions_and_likelihoods_come_from_the_test_split(sft_trainer: Any, dp
         test_row = {**rows[0], "prompt": [user("only in test")], answer: [assistant("7")]}
         splits = replace(splits, test=Dataset.from_list([test_row]))
         trainer = make(splits)
-        held_out = module.HeldOut.of(splits, job, trainer.args, DataArguments(max_new_tokens=4), trainer)
+        held_out = module.HeldOut.of(splits, job, trainer.args, GenerationArguments(max_new_tokens=4), trainer)
         assert [prompt[0]["content"] for prompt in held_out.questions.prompts] == ["only in test"]
         assert all("only in test" in job.tokenizer.decode(row.ids) for row in held_out.rows)

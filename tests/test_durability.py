@@ -36,6 +36,8 @@ from llmcore_hf.errors import ConfigError, UserError
 from llmcore_hf.registry import Module
 from llmcore_hf.run_dir import RunDirectory, execute
 
+FAKE = Module("fake", 1, 1, "假", "Fake", "fake_lesson")
+
 
 def make_checkpoint(run: Path, step: int, mark: bool = True) -> Path:
     folder = run / f"checkpoint-{step}"
@@ -49,7 +51,7 @@ def make_checkpoint(run: Path, step: int, mark: bool = True) -> Path:
 
 def bare_run(path: Path, **values: object) -> RunDirectory:
     options = Config("fake", False, {"seed": 1, **values}, {}, parts=())
-    return RunDirectory(path, Module("fake", 1, 1, "假", "Fake", "fake_lesson"), options, [])
+    return RunDirectory(path, FAKE, options, [])
 
 
 def test_nothing_of_it_needs_torch() -> None:
@@ -176,7 +178,7 @@ def config_of(**values: object) -> Config:
 def test_last_passes_over_a_broken_checkpoint_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = make_checkpoint(tmp_path, 5)
     broken = make_checkpoint(tmp_path, 7, mark=False)
-    resume.check(tmp_path, "last", "fake", config_of())
+    resume.check(tmp_path, "last", FAKE, config_of())
     assert resume.find(tmp_path, "last") == whole
     err = capsys.readouterr().err
     assert err.count("passed over") == 1 and str(broken) in err and "no complete.json" in err
@@ -199,9 +201,9 @@ def test_without_a_complete_checkpoint_the_reasons_are_told(tmp_path: Path) -> N
 def test_a_checkpoint_is_not_continued_in_another_runs_directory(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "b", 9)
     with pytest.raises(ConfigError, match="another run"):
-        resume.check(tmp_path / "b", str(make_checkpoint(tmp_path / "a", 5)), "fake", config_of())
+        resume.check(tmp_path / "b", str(make_checkpoint(tmp_path / "a", 5)), FAKE, config_of())
     (tmp_path / "new").mkdir()
-    resume.check(tmp_path / "new", str(tmp_path / "a" / "checkpoint-5"), "fake", config_of())
+    resume.check(tmp_path / "new", str(tmp_path / "a" / "checkpoint-5"), FAKE, config_of())
 
 
 @pytest.mark.parametrize(
@@ -216,11 +218,11 @@ def test_the_last_step_is_resumed_only_when_the_end_is_missing(
         (tmp_path / "summary.json").write_text(summary)
     if refused:
         with pytest.raises(ConfigError, match="raise --max_steps"):
-            resume.check(tmp_path, "last", "fake", config_of(max_steps=5))
+            resume.check(tmp_path, "last", FAKE, config_of(max_steps=5))
     else:
-        resume.check(tmp_path, "last", "fake", config_of(max_steps=5))
+        resume.check(tmp_path, "last", FAKE, config_of(max_steps=5))
     with pytest.raises(ConfigError, match="raise --max_steps"):
-        resume.check(tmp_path, "last", "fake", config_of(max_steps=4))
+        resume.check(tmp_path, "last", FAKE, config_of(max_steps=4))
 
 
 def test_changed_options_are_named_and_cadence_is_not() -> None:
@@ -368,7 +370,7 @@ def executed(monkeypatch: pytest.MonkeyPatch, path: Path, work) -> tuple[int, Ru
     runs: list[RunDirectory] = []
     monkeypatch.setattr(run_dir, "RunDirectory", lambda *args: runs.append(RunDirectory(*args)) or runs[0])
     options = {"seed": 1, "output_dir": str(path), "overwrite_output_dir": False, "resume_from_checkpoint": None}
-    module = Module("fake", 1, 1, "假", "Fake", "fake_lesson")
+    module = FAKE
     return execute(module, Config("fake", False, options, dict.fromkeys(options, "x"), parts=()), []), runs[0]
 
 

@@ -143,6 +143,8 @@ CASES: list[tuple[str, str, Row, Row]] = [
         {"prompt": [user("2+2")], "completion": [assistant("4")], "label": 1},
         {"prompt": [user("2+2")], "completion": [assistant("4")], "label": True},
     ),
+    ("TRL prompt-only", "prompt", {"prompt": "2+2="}, {"prompt": "2+2="}),
+    ("TRL prompt-only (conversational)", "prompt", {"prompt": [user("2+2")]}, {"prompt": [user("2+2")]}),
     (
         "ShareGPT",
         "sft",

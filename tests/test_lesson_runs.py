@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
+from learning_runs import check_brief
 
 from llmcore_hf import registry
 from llmcore_hf.run_dir import validate_summary
@@ -99,3 +100,10 @@ def test_the_file_says_what_it_shows_and_where_it_comes_from(name: str) -> None:
     assert re.search(r"Sutton & Barto|arXiv|\(20\d\d\)", docstring), "where the equations come from"
     assert "differs" in docstring, "how the code differs from the textbook"
     assert 'if __name__ == "__main__":\n    lesson.main(__file__)' in text
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_the_brief_of_a_toy_run_says_what_was_measured(toy_run, name: str) -> None:
+    """The claims are written for these runs: all of them hold, and the spoken answer takes three minutes."""
+    _, folder = toy_run(name)
+    check_brief(name, folder / "output" / name / "latest")

@@ -191,6 +191,9 @@ BAD_ROWS: list[tuple[str, Row, list[tuple[str, str | None, str]]]] = [
         [("type", "conversations[1].value", '"name"')],
     ),
     (SHAREGPT, {"system": ["s"]}, [("type", "system", "in quotes")]),
+    ("TRL prompt-only", {"prompt": 3}, [("type", "prompt", "in quotes")]),
+    ("TRL prompt-only", {"answer": 10**30}, [("type", "answer", "as text")]),
+    ("TRL prompt-only (conversational)", {"prompt": [user("q"), assistant("a")]}, [("order", "prompt", "")]),
     (TRIPLE, {"rejected": "a2"}, [("equal", "rejected", "remove the row")]),
     (TRIPLE, {"prompt": "", "rejected": None}, [("missing", "rejected", "fill"), ("empty", "prompt", "fill")]),
     (
@@ -539,7 +542,7 @@ def test_exactly_the_broken_row_is_named_and_dropped(
 def outcomes(path: Path, **options: Any) -> list[int | str]:
     """Per task what becomes of a dataset: the rows it was loaded with, or the words it was refused with."""
     found: list[int | str] = []
-    for task in ("sft", "preference"):
+    for task in ("sft", "preference", "prompt"):
         try:
             splits = read(path, task, **options)
             found.append(min(len(list(splits.train)), len(list(splits.test))))

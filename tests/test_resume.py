@@ -29,10 +29,16 @@ from llmcore_hf.run_dir import RunDirectory
 slow = pytest.mark.slow
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FEW = ("--max_train_samples", "200", "--max_eval_samples", "20", "--max_generation_samples", "4")
+ROWS = ("--max_train_samples", "200", "--max_eval_samples", "20")
+FEW = (*ROWS, "--max_generation_samples", "4")
 CADENCE = ("--logging_steps", "2", "--eval_strategy", "steps", "--eval_steps", "4")
 SAVES = ("--save_strategy", "steps", "--save_steps", "5")  # not a multiple of the logging steps
 SHORT = ("--toy", "--max_steps", "14", *FEW, *CADENCE)  # two epochs of 7 steps
+SCORING = ("--toy", "--max_steps", "14", *ROWS, *CADENCE)  # the same for a module that generates nothing
+ONLINE = (  # two rollouts of PPO between two checkpoints; more than one epoch
+    *("--toy", "--max_steps", "16", "--max_train_samples", "200", "--max_eval_samples", "20", *CADENCE),
+    *("--save_strategy", "steps", "--save_steps", "8", "--per_device_eval_batch_size", "40"),
+)
 LORA = ("--use_peft", "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj", "--learning_rate", "1e-2")
 LAUNCH = ("-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / "cpu_2.yaml"))
 
@@ -57,15 +63,25 @@ sys.exit(cli.main(sys.argv[2:]))
 """
 
 
+KILLED_IN_PPO = (
+    KILLED.replace("int(sys.argv[1])", "10")
+    .replace("sys.argv[2:]", "sys.argv[1:]")
+    .replace("if row", 'if self.module.name == "ppo" and row')
+)
+
+
 def run_here(*argv: str) -> tuple[int, dict[str, Any]]:
     code = cli.main([*argv, "--output_dir", "run"])
     return code, json.loads(Path("run/summary.json").read_text(encoding="utf-8"))
 
 
+CLOCK = ("runtime", "per_second", "step_time", "eps")
+
+
 def rows_of(run: Path) -> list[dict[str, Any]]:
     """The log history without what depends on the clock."""
     rows = [json.loads(line) for line in (run / "log_history.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.endswith(("runtime", "per_second"))} for row in rows]
+    return [{k: v for k, v in row.items() if not k.split("/")[-1].endswith(CLOCK)} for row in rows]
 
 
 def assert_same_end(run: Path, whole: Path) -> None:
@@ -103,16 +119,17 @@ def own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @slow
-@pytest.mark.parametrize("module", ["sft", "dpo"])
+@pytest.mark.parametrize("module", ["sft", "dpo", "reward", "ppo", "grpo"])
 @pytest.mark.parametrize("options", [(), LORA], ids=["full", "lora"])
 def test_a_killed_run_ends_like_the_uninterrupted_one(whole, module: str, options: tuple[str, ...]) -> None:
-    command = ("--module", module, *SHORT, *SAVES, *options)
+    online, offline = module in ("ppo", "grpo"), SCORING if module == "reward" else SHORT
+    command = ("--module", module, *(ONLINE if online else (*offline, *SAVES)), *options)
     killed = subprocess.run([sys.executable, "-c", KILLED, "9", *command, "--output_dir", "run"], capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     left = json.loads(Path("run/summary.json").read_text())
     assert left["status"] == "interrupted" and "--resume_from_checkpoint last" in left["error"]
     _, summary = run_here(*command, "--resume_from_checkpoint", "last")
-    assert summary["resumed_from"] == "run/checkpoint-5"
+    assert summary["resumed_from"] == ("run/checkpoint-8" if online else "run/checkpoint-5")
     assert_same_end(Path("run"), whole(*command))
 
 
@@ -132,6 +149,42 @@ def test_two_killed_processes_end_like_uninterrupted_ones() -> None:
     log = launch(str(ROOT / "run.py"), *command, "--output_dir", "run", "--resume_from_checkpoint", "last")
     assert "step 6/14" in log and "step 5/14" not in log, log
     assert_same_end(Path("run"), Path("whole"))
+
+
+@slow
+def test_a_killed_pipeline_goes_on_in_the_stage_it_was_in(monkeypatch, tmp_path: Path) -> None:
+    """Killed in the PPO stage; the same end as without, and the earlier stages are not run again."""
+    small = {"max_train_samples": 200, "max_eval_samples": 20, "per_device_eval_batch_size": 20, "logging_steps": 2}
+    saves = {"save_strategy": "steps", "save_steps": 4}
+    stages = {
+        "sft": {"dataset_name": "toy-sort", "max_length": 64, "max_steps": 6, "max_generation_samples": 4},
+        "reward": {"dataset_name": "toy-sort-preference", "max_length": 64, "max_steps": 6},
+        "ppo": {
+            **{"dataset_name": "toy-sort-prompt", "max_steps": 12, "max_completion_length": 8},
+            **{"reward_funcs": ["exact_match"], "reward_weights": [1.0, 0.0]},
+        },
+    }
+    config = {"model_name_or_path": "tiny-qwen-base", **{name: small | saves | own for name, own in stages.items()}}
+    Path("small.json").write_text(json.dumps(config))  # JSON is YAML
+    command = ("--module", "rlhf", "--config", str(tmp_path / "small.json"))
+    Path("whole").mkdir()
+    with monkeypatch.context() as context:  # the same name in another folder: stages name the directory before them
+        context.chdir("whole")
+        assert cli.main([*command, "--output_dir", "run"]) == 0
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_IN_PPO, *command, "--output_dir", "run"], capture_output=True, text=True
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    left = json.loads(Path("run/summary.json").read_text())
+    assert left["status"] == "interrupted" and "--output_dir run --resume_from_checkpoint last" in left["error"]
+    before = {path: path.stat().st_mtime_ns for stage in ("sft", "reward") for path in Path("run", stage).rglob("*")}
+    assert cli.main([*command, "--output_dir", "run", "--resume_from_checkpoint", "last"]) == 0
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    assert json.loads(Path("run/ppo/summary.json").read_text())["resumed_from"] == "run/ppo/checkpoint-8"
+    for stage in ("sft", "reward", "ppo"):
+        assert_same_end(Path("run", stage), Path("whole", "run", stage))
+    assert rows_of(Path("run")) == rows_of(Path("whole", "run"))
+    assert cli.main([*command, "--output_dir", "run", "--resume_from_checkpoint", "last"]) == 2, "it has ended"
 
 
 # ---------------------------------------------------------------- in this process: stops, broken checkpoints, limits

@@ -671,13 +671,13 @@ def test_resuming_continues_in_the_directory_that_is_named(lesson: Lesson) -> No
 def test_resuming_without_a_directory_continues_the_latest_run(lesson: Lesson) -> None:
     lesson.execute()
     checkpoint(lesson.latest)
-    path = prepare_directory("fake", lesson.config("--resume_from_checkpoint", "last"))
+    path = prepare_directory(lesson.module, lesson.config("--resume_from_checkpoint", "last"))
     assert path == lesson.latest.resolve()
 
 
 def test_resuming_from_a_checkpoint_continues_in_its_run(lesson: Lesson) -> None:
     checkpoint(Path("somewhere"))
-    path = prepare_directory("fake", lesson.config("--resume_from_checkpoint", "somewhere/checkpoint-5"))
+    path = prepare_directory(lesson.module, lesson.config("--resume_from_checkpoint", "somewhere/checkpoint-5"))
     assert path == Path("somewhere").resolve()
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcore_hf.alignment import evaluation, training
+from llmcore_hf.alignment.evaluation import GenerationArguments
 from llmcore_hf.alignment.training import Job, ModelArguments
 from llmcore_hf.checks import Check
 from llmcore_hf.config import Config, RunArguments
@@ -43,7 +44,7 @@ TOLERANCE = 1e-4
 def argument_classes() -> tuple[type, ...]:
     from trl import DPOConfig
 
-    return (RunArguments, DataArguments, ModelArguments, DPOConfig)
+    return (RunArguments, DataArguments, GenerationArguments, ModelArguments, DPOConfig)
 
 
 def check(config: Config) -> list[str]:
@@ -78,10 +79,9 @@ def check(config: Config) -> list[str]:
 def run(config: Config, run_dir: RunDirectory) -> None:
     """Load, evaluate, train, evaluate again on the same held-out pairs, check, and write the evidence."""
     args: DPOConfig = config.part(argument_classes()[-1])
-    data_args = config.part(DataArguments)
     job = training.prepare(config, config.part(ModelArguments), args)
     splits = load(
-        data_args,
+        config.part(DataArguments),
         "preference",
         args.seed,
         args.dataset_num_proc,
@@ -94,7 +94,7 @@ def run(config: Config, run_dir: RunDirectory) -> None:
     with training.explaining(job, splits):
         trainer = make_trainer(config, job, splits, args)
     training.attach(trainer, run_dir)
-    held_out = HeldOut.of(splits, job, args, data_args, trainer)
+    held_out = HeldOut.of(splits, job, args, config.part(GenerationArguments), trainer)
     run_dir.summary["data"] = training.describe_data(splits, trainer, held_out.shares, len(held_out.rows) // 2)
     run_dir.summary["model"] = training.describe_model(trainer, job)
 
@@ -180,15 +180,17 @@ class HeldOut:
     shares: dict[str, float | None]
 
     @classmethod
-    def of(cls, splits: Splits, job: Job, args: DPOConfig, data_args: DataArguments, trainer: DPOTrainer) -> HeldOut:
+    def of(
+        cls, splits: Splits, job: Job, args: DPOConfig, generation: GenerationArguments, trainer: DPOTrainer
+    ) -> HeldOut:
         pairs = [_encode(row, job) for row in splits.test]
         limit = args.max_length or math.inf
         usable = [i for i, (chosen, _) in enumerate(pairs) if chosen.n_prompt < limit]  # as TRL does in training
         if not usable:
             raise UserError(f"--max_length {args.max_length} leaves no answer in any held-out pair of {splits.source}")
         sides = [[pairs[i][side].truncate(args.max_length) for i in usable] for side in (0, 1)]
-        longest = training.prompt_limit(trainer, args.max_length, data_args.max_new_tokens)
-        askable = [i for i in usable if pairs[i][0].n_prompt <= longest][: data_args.max_generation_samples]
+        longest = training.prompt_limit(trainer, args.max_length, generation.max_new_tokens)
+        askable = [i for i in usable if pairs[i][0].n_prompt <= longest][: generation.max_generation_samples]
         asked = [splits.test[i] for i in askable]
         first_rows = itertools.islice(splits.train, training.N_MEASURED)
         measured = [encoded for row in first_rows for encoded in _encode(row, job)]
@@ -201,7 +203,7 @@ class HeldOut:
                     f"completions/match_{side}": [training.show_text(row[side]) for row in asked]
                     for side in ("chosen", "rejected")
                 },
-                max_new_tokens=data_args.max_new_tokens,
+                max_new_tokens=generation.max_new_tokens,
                 batch_size=args.per_device_eval_batch_size,
             ),
             shares=training.token_shares(measured, args.max_length),
@@ -255,8 +257,6 @@ def _encode(row: dict[str, Any], job: Job) -> tuple[evaluation.Encoded, evaluati
 
 def start_checks(before: Measured, has_reference: bool, splits: Splits) -> list[Check]:
     """What must hold before the first step."""
-    pairs = [*itertools.islice(splits.train, training.N_MEASURED), *splits.test]
-    n_equal = sum(row["chosen"] == row["rejected"] for row in pairs)
     return [
         Check(
             "dpo.step0_loss_is_ln2",
@@ -268,15 +268,7 @@ def start_checks(before: Measured, has_reference: bool, splits: Splits) -> list[
             "Before training policy and reference agree, so the loss is -log sigmoid(0); if not, the reference is not "
             "a copy of the policy.",
         ),
-        Check(
-            "dpo.chosen_differs_from_rejected",
-            "invariant",
-            n_equal == 0,
-            {"pairs": len(pairs), "equal": n_equal},
-            "0 equal pairs",
-            "chosen 与 rejected 相同的样本不含偏好信息，梯度为零。",
-            "A pair whose answers agree holds no preference and gives no gradient.",
-        ),
+        training.pair_check("dpo", splits),
     ]
 
 

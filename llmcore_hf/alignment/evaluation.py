@@ -1,15 +1,15 @@
-"""Held-out evaluation, the same before and after training: log-likelihoods and generated answers.
+"""Held-out evaluation, the same before and after training: log-likelihoods, scores and generated answers.
 
 It tokenizes on its own, through the same chat template as TRL, so that it also checks what TRL trains on. Rows are
-shared out over the processes and gathered again; greedy decoding draws no random numbers, so that evaluating changes
-nothing in the training that follows.
+shared out over the processes and gathered again; greedy decoding draws no random numbers, and sampling puts the
+generators back, so that evaluating changes nothing in the training that follows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Text = str | list[dict[str, Any]]
+
+
+@dataclass
+class GenerationArguments:
+    """Answers to held-out prompts, before and after training."""
+
+    max_generation_samples: int = field(
+        default=64, metadata={"help": "Answer the first N held-out prompts, before and after training."}
+    )
+    max_new_tokens: int = field(default=128, metadata={"help": "Length limit of those answers, in tokens."})
 
 
 @dataclass(frozen=True)
@@ -50,11 +60,15 @@ class Likelihoods:
 
 @dataclass(frozen=True)
 class Answers:
-    """Per row: the generated text, its length in tokens, and whether the model ended it by itself."""
+    """Per row: the generated text, its tokens with the one that ended it, and whether the model ended it by itself."""
 
     texts: list[str]
-    n_tokens: list[int]
+    ids: list[list[int]]
     terminated: list[bool]
+
+    @property
+    def n_tokens(self) -> list[int]:
+        return [len(ids) for ids in self.ids]
 
 
 def encode(
@@ -103,14 +117,60 @@ def likelihoods(
     accelerator: Accelerator,
 ) -> Likelihoods:
     """Log-likelihood of the completion of each row under `model`, in float32."""
+    logprobs = _by_batch(model, rows, pad_token_id, batch_size, accelerator, _batch_logprobs)
+    return Likelihoods(logprobs, [_n_predicted(row) for row in rows])
+
+
+def scores(
+    model: PreTrainedModel,
+    rows: Sequence[Encoded],
+    pad_token_id: int,
+    batch_size: int,
+    accelerator: Accelerator,
+    min_width: int = 0,
+) -> list[float]:
+    """The output of a sequence classifier with one label for each row, in float32.
+
+    `min_width` pads the rows further than their batch needs, in tokens.
+    """
+
+    def of_batch(model: Any, ids: torch.Tensor, mask: torch.Tensor, batch: list[Encoded]) -> list[float]:
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (B, 1)
+        return logits[:, 0].float().tolist()
+
+    return _by_batch(model, rows, pad_token_id, batch_size, accelerator, of_batch, min_width)
+
+
+def _by_batch(
+    model: PreTrainedModel,
+    rows: Sequence[Encoded],
+    pad_token_id: int,
+    batch_size: int,
+    accelerator: Accelerator,
+    of_batch: Callable[[Any, torch.Tensor, torch.Tensor, list[Encoded]], list[float]],
+    min_width: int = 0,
+) -> list[float]:
+    """A number of each row, in their order; `of_batch` gets ids (B, T) and attention mask (B, T), padded on the right."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))  # similar lengths together: little padding
     found: list[tuple[int, float]] = []
     with evaluating(model):
-        for batch in _batches(order, batch_size, accelerator):
+        for numbers in _batches(order, batch_size, accelerator):
+            batch = [rows[i] for i in numbers]
+            ids, mask = _pad(batch, pad_token_id, min_width)
             with accelerator.autocast():
-                sums = _batch_logprobs(model, [rows[i] for i in batch], pad_token_id, accelerator.device)
-            found += zip(batch, sums, strict=True)
-    return Likelihoods(_gather_in_order(found, accelerator), [_n_predicted(row) for row in rows])
+                values = of_batch(model, ids.to(accelerator.device), mask.to(accelerator.device), batch)
+            found += zip(numbers, values, strict=True)
+    return _gather_in_order(found, accelerator)
+
+
+def _pad(rows: list[Encoded], pad_token_id: int, min_width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(min_width, *(len(row.ids) for row in rows))
+    ids = torch.full((len(rows), width), pad_token_id)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row.ids)] = torch.tensor(row.ids)
+        mask[i, : len(row.ids)] = 1
+    return ids, mask
 
 
 def _n_predicted(row: Encoded) -> int:
@@ -118,14 +178,7 @@ def _n_predicted(row: Encoded) -> int:
     return row.n_completion - (row.n_prompt == 0)
 
 
-def _batch_logprobs(model: Any, rows: list[Encoded], pad_token_id: int, device: torch.device) -> list[float]:
-    width = max(len(row.ids) for row in rows)
-    ids = torch.full((len(rows), width), pad_token_id)  # (B, T), right-padded
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row.ids)] = torch.tensor(row.ids)
-        mask[i, : len(row.ids)] = 1
-    ids, mask = ids.to(device), mask.to(device)
+def _batch_logprobs(model: Any, ids: torch.Tensor, mask: torch.Tensor, rows: list[Encoded]) -> list[float]:
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (B, T, V)
     sums = []
     for i, row in enumerate(rows):  # row by row: only the completion's logits become float32
@@ -142,31 +195,38 @@ def generate(
     batch_size: int,
     accelerator: Accelerator,
     tools: Sequence[Any] | None = None,
+    sampling: dict[str, Any] | None = None,
 ) -> Answers:
-    """Greedy answers of `model` to the prompts, in the order of the prompts; `tools` are those of each prompt."""
+    """Answers of `model` to the prompts, in the order of the prompts; `tools` are those of each prompt.
+
+    Greedy without `sampling`, which holds `temperature`, `top_p` and `top_k`. Samples are drawn with a fixed seed, and the
+    generators are then as they were.
+    """
     asked = list(zip(prompts, tools or [None] * len(prompts), strict=True))
-    found: list[tuple[int, tuple[str, int, bool]]] = []
+    found: list[tuple[int, tuple[str, list[int], bool]]] = []
     stops = stop_ids(model, tokenizer)
-    with evaluating(model):
+    how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if sampling:
+        how = {"do_sample": True, **sampling}
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    with evaluating(model), torch.random.fork_rng(devices):
+        torch.manual_seed(accelerator.process_index)
         for batch in _batches(list(range(len(prompts))), batch_size, accelerator):
             inputs = _encode_prompts(tokenizer, [asked[i] for i in batch]).to(accelerator.device)
             with accelerator.autocast():
                 output = model.generate(
                     **inputs,
                     max_new_tokens=max_new_tokens,
-                    do_sample=False,
                     use_cache=True,  # the trainers turn it off in the model's config
-                    temperature=None,
-                    top_p=None,
-                    top_k=None,
                     pad_token_id=tokenizer.pad_token_id,
+                    **how,
                 )
             for i, ids in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
                 length = next((n + 1 for n, token in enumerate(ids) if token in stops), len(ids))
                 ended = bool(ids[:length]) and ids[length - 1] in stops
-                found.append((i, (tokenizer.decode(ids[:length], skip_special_tokens=True), length, ended)))
-    texts, lengths, ended_flags = zip(*_gather_in_order(found, accelerator), strict=True)
-    return Answers(list(texts), list(lengths), list(ended_flags))
+                found.append((i, (tokenizer.decode(ids[:length], skip_special_tokens=True), ids[:length], ended)))
+    texts, completion_ids, ended_flags = zip(*_gather_in_order(found, accelerator), strict=True)
+    return Answers(list(texts), list(completion_ids), list(ended_flags))
 
 
 @dataclass

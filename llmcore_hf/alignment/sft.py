@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcore_hf.alignment import evaluation, training
+from llmcore_hf.alignment.evaluation import GenerationArguments
 from llmcore_hf.alignment.training import Job, ModelArguments
 from llmcore_hf.checks import Check
 from llmcore_hf.config import HOUSE, Config, RunArguments
@@ -34,7 +35,7 @@ N_CHECKED = 16  # training rows whose labels are looked at
 def argument_classes() -> tuple[type, ...]:
     from trl import SFTConfig
 
-    return (RunArguments, DataArguments, ModelArguments, SFTConfig)
+    return (RunArguments, DataArguments, GenerationArguments, ModelArguments, SFTConfig)
 
 
 def check(config: Config) -> list[str]:
@@ -50,10 +51,9 @@ def check(config: Config) -> list[str]:
 def run(config: Config, run_dir: RunDirectory) -> None:
     """Load, evaluate, train, evaluate again on the same held-out rows, check, and write the evidence."""
     args: SFTConfig = config.part(argument_classes()[-1])
-    data_args = config.part(DataArguments)
     job = training.prepare(config, config.part(ModelArguments), args)
     splits = load(
-        data_args,
+        config.part(DataArguments),
         "sft",
         args.seed,
         args.dataset_num_proc,
@@ -72,7 +72,7 @@ def run(config: Config, run_dir: RunDirectory) -> None:
         trainer = make_trainer(config, job, splits, args)
     job.tokenizer = trainer.processing_class  # with the template of --chat_template_path, when there is one
     training.attach(trainer, run_dir)
-    held_out = HeldOut.of(splits, job, args, data_args, trainer)
+    held_out = HeldOut.of(splits, job, args, config.part(GenerationArguments), trainer)
     run_dir.summary["data"] = training.describe_data(splits, trainer, held_out.shares, len(held_out.rows))
     run_dir.summary["model"] = training.describe_model(trainer, job)
     run_dir.checks += label_checks(trainer, splits, job, loss_on_prompt(config))
@@ -169,13 +169,15 @@ class HeldOut:
     shares: dict[str, float | None]
 
     @classmethod
-    def of(cls, splits: Splits, job: Job, args: SFTConfig, data_args: DataArguments, trainer: SFTTrainer) -> HeldOut:
+    def of(
+        cls, splits: Splits, job: Job, args: SFTConfig, generation: GenerationArguments, trainer: SFTTrainer
+    ) -> HeldOut:
         rows = [_encode(row, job) for row in splits.test]
         kept = [row.truncate(args.max_length) for row in rows]
         if not any(row.n_completion for row in kept):
             raise UserError(f"--max_length {args.max_length} leaves no answer in any held-out row of {splits.source}")
-        limit = training.prompt_limit(trainer, args.max_length, data_args.max_new_tokens)
-        askable = [i for i, row in enumerate(rows) if 0 < row.n_prompt <= limit][: data_args.max_generation_samples]
+        limit = training.prompt_limit(trainer, args.max_length, generation.max_new_tokens)
+        askable = [i for i, row in enumerate(rows) if 0 < row.n_prompt <= limit][: generation.max_generation_samples]
         asked = [splits.test[i] for i in askable]
         first_rows = itertools.islice(splits.train, training.N_MEASURED)
         return cls(
@@ -184,7 +186,7 @@ class HeldOut:
                 prompts=[as_pair(row)[0] for row in asked],
                 tools=[row.get("tools") for row in asked],
                 references={"exact_match": [training.show_text(as_pair(row)[1]) for row in asked]},
-                max_new_tokens=data_args.max_new_tokens,
+                max_new_tokens=generation.max_new_tokens,
                 batch_size=args.per_device_eval_batch_size,
             ),
             shares=training.token_shares([_encode(row, job) for row in first_rows], args.max_length),

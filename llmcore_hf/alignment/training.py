@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 from trl import ModelConfig
 
-from llmcore_hf import distributed
+from llmcore_hf import distributed, registry
 from llmcore_hf.alignment import evaluation
 from llmcore_hf.alignment.checkpointing import (
     CheckpointCallback,
@@ -33,8 +33,10 @@ from llmcore_hf.alignment.checkpointing import (
     dropping_half_written,
     take_up,
 )
+from llmcore_hf.checks import Check
 from llmcore_hf.config import COMMAND_LINE, Config
 from llmcore_hf.data.loading import Splits, column_mapping, looks_like_path
+from llmcore_hf.data.preparing import PROMPT_BYTES, PROMPT_TURNS
 from llmcore_hf.data.problems import DROP
 from llmcore_hf.data.toy import TOY_DATASETS
 from llmcore_hf.durability import Interrupted, move_into_place, storage_trouble
@@ -55,6 +57,7 @@ POSITIVE = (
     "learning_rate",
     "num_train_epochs",
     "max_length",
+    "max_completion_length",
     "max_train_samples",
     "max_eval_samples",
     "max_new_tokens",
@@ -122,12 +125,12 @@ def check_options(config: Config) -> list[str]:
         problems.append(f"--max_steps must be greater than 0, or -1 to count epochs, not {values['max_steps']}")
     if not 0 <= values["seed"] < 2**32:
         problems.append(f"--seed must lie between 0 and 2**32 - 1, not {values['seed']}")
-    if values["truncation_mode"] != "keep_start":
+    if values.get("truncation_mode", "keep_start") != "keep_start":
         problems.append("--truncation_mode keep_end is on its way out of TRL and not supported here: use keep_start")
-    problems += _check_data(values)
+    problems += _check_data(values, registry.get(config.module).trains_on)
     if not 0 < values["test_split_size"] < 1:
         problems.append(f"--test_split_size must lie between 0 and 1, not {values['test_split_size']}")
-    if values["max_generation_samples"] < 0:
+    if values.get("max_generation_samples", 0) < 0:
         problems.append(f"--max_generation_samples must not be negative, not {values['max_generation_samples']}")
     if values["enable_jit_checkpoint"]:
         problems.append(
@@ -137,10 +140,10 @@ def check_options(config: Config) -> list[str]:
     return problems + _check_trackers(values["report_to"]) + _check_peft(config) + _check_precision(values)
 
 
-def _check_data(values: dict[str, Any]) -> list[str]:
+def _check_data(values: dict[str, Any], task: str | None) -> list[str]:
     problems = []
     try:
-        column_mapping(values["columns"])
+        column_mapping(values["columns"], task)
     except ValueError as error:
         problems.append(f"--columns: {error}")
     if values["dataset_streaming"]:
@@ -237,10 +240,10 @@ def prepare(config: Config, model_args: ModelConfig, training_args: Any) -> Job:
     quieten()
     set_seed(training_args.seed)
     job = load_job(str(model_args.model_name_or_path), model_args.model_revision, training_args.trust_remote_code)
-    if job.context and (training_args.max_length or 0) > job.context:
-        raise UserError(
-            f"--max_length {training_args.max_length} is more than the {job.context} tokens of {job.name}'s context"
-        )
+    for option in ("max_length", "max_completion_length"):
+        n_tokens = getattr(training_args, option, None)
+        if job.context and (n_tokens or 0) > job.context:
+            raise UserError(f"--{option} {n_tokens} is more than the {job.context} tokens of {job.name}'s context")
     training_args.model_init_kwargs = loading.init_kwargs(model_args, training_args.model_init_kwargs)
     return job
 
@@ -270,31 +273,38 @@ class PromptLimit:
     Args:
         encode: a row -> its tokens; what stands before the first answer counts as the prompt.
         max_length: tokens of prompt and answer together.
+        fills: what a prompt of so many tokens does, for the message.
     """
 
     SLACK = 2  # tokens per turn that text and template may make more together than apart
+    measured = PROMPT_BYTES, PROMPT_TURNS
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
         encode: Callable[[dict[str, Any]], evaluation.Encoded],
         max_length: int,
+        fills: str | None = None,
     ) -> None:
         self.tokenizer, self.encode, self.max_length = tokenizer, encode, max_length
+        self.fills = fills or f"fills --max_length {max_length}"
 
     def may_be_too_long(self, n_bytes: np.ndarray, n_turns: np.ndarray) -> np.ndarray:
-        """(N,) False where prompts of that many bytes and turns certainly fit."""
+        """(N,) False where texts of that many bytes and turns certainly fit."""
         first, more = self._template_tokens
         template = np.where(n_turns > 0, first + np.maximum(n_turns - 1, 0) * more, self.SLACK)
         return n_bytes + template >= self.max_length
 
     def problem(self, row: dict[str, Any]) -> str | None:
-        """What is wrong with the length of a row; None when its prompt fits."""
+        """What is wrong with the length of a row; None when it fits."""
         try:
-            n = self.encode(row).n_prompt
+            return self._problem_of(self.encode(row))
         except REFUSALS:  # the trainer will refuse the row in the same way, and `explaining` says so
             return None
-        return f"its prompt of {n} tokens fills --max_length {self.max_length}" if n >= self.max_length else None
+
+    def _problem_of(self, row: evaluation.Encoded) -> str | None:
+        too_long = row.n_prompt >= self.max_length
+        return f"its prompt of {row.n_prompt} tokens {self.fills}" if too_long else None
 
     @functools.cached_property
     def _template_tokens(self) -> tuple[float, float]:
@@ -367,6 +377,17 @@ class RunCallback(TrainerCallback):
         "rewards/margins",
         "eval_rewards/accuracies",
         "eval_rewards/margins",
+        "accuracy",
+        "margin",
+        "eval_accuracy",
+        "eval_margin",
+        "reward",
+        "objective/rlhf_reward",
+        "objective/kl",
+        "kl",
+        "completions/mean_length",
+        "eval_reward",
+        "eval_sampled_reward",
     )
 
     def __init__(self, run: RunDirectory, trainer: Trainer) -> None:
@@ -374,7 +395,8 @@ class RunCallback(TrainerCallback):
         self.trainer = trainer
         self.bar: Any = None
         self.began: float | None = None  # when the first step began, after everything was loaded
-        # TRL counts the tokens since the process began, not those of the run. A checkpoint ends a row: this is exact.
+        # Most of TRL's trainers count the tokens since the process began, not those of the run. A checkpoint ends a row:
+        # this is exact.
         counts = [row["num_tokens"] for row in run.history if "num_tokens" in row]
         self.tokens_before = counts[-1] if counts else 0
 
@@ -382,6 +404,8 @@ class RunCallback(TrainerCallback):
         from tqdm import tqdm
 
         self.began, self.first_step = time.monotonic(), state.global_step
+        if state.num_input_tokens_seen and args.include_num_input_tokens_seen in ("no", False):
+            self.tokens_before = 0  # GRPO counts in the state, which the checkpoint brought back
         if distributed.is_main_process():
             interactive = sys.stderr.isatty()
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=not interactive)
@@ -488,7 +512,7 @@ def train(trainer: Trainer, run: RunDirectory) -> None:
         raise KeyboardInterrupt
     if not all(torch.isfinite(p).all() for p in trainer.model.parameters()):
         raise Diverged("the weights are not finite after training: lower --learning_rate or add --warmup_steps")
-    if not any("eval_loss" in row and row["step"] == step for row in run.history):
+    if not any(row["step"] == step and any(name.startswith("eval_") for name in row) for row in run.history):
         trainer.evaluate()  # the last point of the held-out curve, whatever --eval_strategy says
     save(trainer, run)
 
@@ -523,15 +547,11 @@ tags:
 
 # {title}
 
-`{model}` trained with module `{module}` of LLM-Core (TRL's {trainer}) on `{source}` ({format}): {n_train} rows, seed
+`{model}` trained with module `{module}` of LLM-Core ({trainer}) on `{source}` ({format}): {n_train} rows, seed
 {seed}. `resolved_config.yaml` in this folder repeats the run.
 
 ```python
-from transformers import pipeline
-
-generator = pipeline("text-generation", model="path/to/this/folder")
-print(generator([{{"role": "user", "content": "..."}}], max_new_tokens=64)[0]["generated_text"][-1])
-```
+{usage}```
 
 ## What this run measured
 
@@ -543,7 +563,15 @@ On held-out rows, before and after training; `summary.json` has the intervals an
 """
 
 
-def write_model_card(run: RunDirectory, trainer: Trainer, job: Job, splits: Splits) -> None:
+USAGE = """\
+from transformers import pipeline
+
+generator = pipeline("text-generation", model="path/to/this/folder")
+print(generator([{"role": "user", "content": "..."}], max_new_tokens=64)[0]["generated_text"][-1])
+"""
+
+
+def write_model_card(run: RunDirectory, trainer: Trainer, job: Job, splits: Splits, usage: str = USAGE) -> None:
     """A model card from what the run knows. TRL's own card needs hub ids, which a local model does not have."""
     block = run.summary["eval"]
     rows = [
@@ -557,18 +585,24 @@ def write_model_card(run: RunDirectory, trainer: Trainer, job: Job, splits: Spli
         base=f"base_model: {job.name}\n" if on_hub else "",
         title=run.path.name,
         model=job.name,
-        trainer=type(trainer).__name__,
+        trainer=f"trainer: {type(trainer).__name__}",
         source=splits.source,
         format=splits.format,
         n_train=run.summary["data"]["n_train"],
         seed=run.config.values["seed"],
         rows="\n".join(rows),
+        usage=usage,
     )
     run.write("README.md", card)
 
 
-def describe_data(splits: Splits, trainer: Trainer, shares: dict[str, float | None], n_eval: int) -> dict[str, Any]:
-    """The `data` block of a summary.
+PROMPT_FILLS = "their prompt fills --max_length {} and leaves no room for an answer"
+
+
+def describe_data(
+    splits: Splits, trainer: Trainer, shares: dict[str, float | None], n_eval: int, too_long: str = PROMPT_FILLS
+) -> dict[str, Any]:
+    """The `data` block of a summary; `too_long` says why the trainer leaves out rows, with a place for the limit.
 
     Raises:
         UserError: the trainer leaves out rows, and the user has not said to go on without bad rows.
@@ -581,10 +615,8 @@ def describe_data(splits: Splits, trainer: Trainer, shares: dict[str, float | No
         n_left_out += n_train - len(trainer.train_dataset)
         n_train = len(trainer.train_dataset)
     if n_left_out:
-        text = (
-            f"{n_left_out} rows of {splits.source} cannot be trained on: their prompt fills --max_length "
-            f"{trainer.args.max_length} and leaves no room for an answer"
-        )
+        why = too_long.format(trainer.args.max_length)
+        text = f"{n_left_out} rows of {splits.source} cannot be trained on: {why}"
         if splits.on_bad_rows != DROP:
             raise UserError(f"{text}. Raise it, or go on without these rows with --on_bad_rows drop")
         if distributed.is_main_process():
@@ -623,16 +655,32 @@ def record_stream(run: RunDirectory, splits: Splits) -> None:
 def describe_model(trainer: Trainer, job: Job) -> dict[str, Any]:
     """The `model` block of a summary."""
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    trained = getattr(model, "policy", model)  # PPO's module holds the critic as well
     tokenizer = job.tokenizer
     return {
         "name_or_path": job.name,
         "n_params": sum(p.numel() for p in model.parameters()),
         "n_trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "peft": type(model.active_peft_config).__name__ if hasattr(model, "active_peft_config") else None,
+        "peft": type(trained.active_peft_config).__name__ if hasattr(trained, "active_peft_config") else None,
         "pad_token": tokenizer.pad_token,
         "eos_token": tokenizer.eos_token,
         "pad_is_eos": tokenizer.pad_token_id == tokenizer.eos_token_id,
     }
+
+
+def pair_check(module: str, splits: Splits) -> Check:
+    """No pair of the data may hold the same answer twice."""
+    pairs = [*itertools.islice(splits.train, N_MEASURED), *splits.test]
+    n_equal = sum(row["chosen"] == row["rejected"] for row in pairs)
+    return Check(
+        f"{module}.chosen_differs_from_rejected",
+        "invariant",
+        n_equal == 0,
+        {"pairs": len(pairs), "equal": n_equal},
+        "0 equal pairs",
+        "chosen 与 rejected 相同的样本不含偏好信息，梯度为零。",
+        "A pair whose answers agree holds no preference and gives no gradient.",
+    )
 
 
 def token_shares(rows: list[evaluation.Encoded], max_length: int | None) -> dict[str, float | None]:

@@ -14,9 +14,7 @@ from llmcore_hf.data.preparing import (
     KEY,
     LINE,
     PROBLEMS,
-    PROMPT_BYTES,
     PROMPT_KEY,
-    PROMPT_TURNS,
     ROW,
 )
 from llmcore_hf.data.problems import Problem, place_of
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
 
 # Columns are suspected to be swapped when answers end in a question mark far more often than prompts do.
 ASKING_SHARE, ASKING_ROWS = 0.5, 10
-TOO_LONG = "raise --max_length, or shorten the prompt"
+TOO_LONG = "raise --max_length, or shorten it"
 
 
 class Split:
@@ -112,18 +110,24 @@ def swapped(split: Split, source: str) -> Iterator[Problem]:
 
 
 class LengthLimit(Protocol):
-    """Tells rows whose prompt is too long; `alignment.training.PromptLimit` is the one that tokenizes."""
+    """Tells rows that are too long; `alignment.training.PromptLimit` is the one that tokenizes.
+
+    Attributes:
+        measured: the columns of `META` with the bytes and turns that count.
+    """
+
+    measured: tuple[str, str]
 
     def may_be_too_long(self, n_bytes: np.ndarray, n_turns: np.ndarray) -> np.ndarray:
-        """(N,) from the size of the prompts: False where no tokenization is needed to know that they fit."""
+        """(N,) from what is `measured`: False where no tokenization is needed to know that the rows fit."""
 
     def problem(self, row: dict[str, Any]) -> str | None:
         """What is wrong with the length of a row; None when nothing is."""
 
 
 def too_long(split: Split, limit: LengthLimit) -> Iterator[Problem]:
-    """Rows whose prompt leaves no room for an answer."""
-    candidates = split.good & limit.may_be_too_long(split.column(PROMPT_BYTES), split.column(PROMPT_TURNS))
+    """Rows that the trainer has no room for."""
+    candidates = split.good & limit.may_be_too_long(*map(split.column, limit.measured))
     for index in np.flatnonzero(candidates):
         if text := limit.problem(split.rows[int(index)]):
             yield split.problem(index, "too_long", None, text, TOO_LONG)

@@ -1,7 +1,7 @@
 """Which format a dataset is in, and how a row of it becomes TRL's columns.
 
 Detection looks at column names and, where they do not decide, at the first rows. The result is what TRL calls a dataset
-type: language modeling, prompt-completion, preference, unpaired preference
+type: language modeling, prompt-completion, preference, unpaired preference, prompt-only
 (https://huggingface.co/docs/trl/dataset_formats).
 """
 
@@ -87,7 +87,7 @@ class Format:
 
     Attributes:
         name: shown to the user and stored in the summary.
-        task: `sft`, `preference` or `unpaired preference`.
+        task: `sft`, `preference`, `unpaired preference` or `prompt`.
         columns: columns that must be there.
         outputs: TRL's columns that a row becomes, each `text`, `messages` or `label`.
         read: a row -> TRL's columns; adds what is wrong to the list it is given.
@@ -117,7 +117,7 @@ class Format:
         carried = {"tools": _tools(row, found), "image": _image(row, found), "images": _images(row, found)}
         stored_as_json = [name for name, kind in self.outputs.items() if kind == MESSAGES]
         for name, value in [*((name, converted.get(name)) for name in stored_as_json), ("tools", carried["tools"])]:
-            _check_numbers(value, name, found)
+            check_numbers(value, name, found)
         if found:
             raise BadRow(found)
         return converted | {name: value for name, value in carried.items() if value is not None}
@@ -145,19 +145,23 @@ def known_columns() -> set[str]:
     return {column for fmt in FORMATS for column in fmt.columns} | {*OPTIONAL_COLUMNS, *CARRIED_COLUMNS}
 
 
-def detect(columns: Sequence[str], rows: Sequence[Row], where: str) -> Format:
+def detect(columns: Sequence[str], rows: Sequence[Row], where: str, task: str | None = None) -> Format:
     """The format of a dataset with these columns; `rows` are its first few.
+
+    Prompts alone are a dataset only for the task `prompt`; for that task everything that holds prompts is one. Without a
+    task any format may be found.
 
     Raises:
         UserError: no known format has these columns; the message lists the formats.
     """
-    for fmt in FORMATS:
+    fitting = [fmt for fmt in FORMATS if task is None or fmt.task == task or _serves(fmt, task)]
+    for fmt in fitting:
         if set(fmt.columns) <= set(columns):
             complete = [row for row in rows if all(row.get(column) is not None for column in fmt.columns)]
             if 2 * sum(map(fmt.accepts, complete)) >= len(complete):  # most of them: a few may be broken
                 _refuse_unread_prompt(fmt, columns, where)
                 return fmt
-    known = "\n".join(f"    {f.task:<20} {f.name:<48} {', '.join(f.columns)}" for f in FORMATS)
+    known = "\n".join(f"    {f.task:<20} {f.name:<48} {', '.join(f.columns)}" for f in fitting)
     raise UserError(
         f"{where}: the columns {', '.join(f'`{name}`' for name in columns) or '(none)'} match no known dataset format. "
         f"Rename them, or map them as in --columns prompt=question,completion=answer, to one of these:\n{known}"
@@ -169,6 +173,18 @@ def why(fmt: Format) -> str:
     kinds = {kind for name, kind in fmt.outputs.items() if name in fmt.columns}
     where = ", which hold messages rather than texts" if MESSAGES in kinds and len(fmt.columns) > 1 else ""
     return f"it has the column{'s' if len(fmt.columns) > 1 else ''} {', '.join(fmt.columns)}{where}"
+
+
+def _serves(fmt: Format, task: str) -> bool:
+    """Whether a dataset in this format, made for another task, is looked at for `task`, be it to say what it is for."""
+    return as_prompts(fmt) is not None if task == PROMPT else fmt.task != PROMPT
+
+
+def as_prompts(fmt: Format) -> dict[str, str] | None:
+    """What is left of a format when the policy writes the answers: the type of `prompt`; None when there are no prompts."""
+    if fmt.outputs.keys() <= {TEXT}:
+        return None
+    return {"prompt": TEXT if fmt.outputs.get("prompt") == TEXT else MESSAGES}
 
 
 def prompt_of(converted: Row) -> Any:
@@ -322,14 +338,14 @@ def _tool_call(call: Any, field: str, found: Found) -> Any:
     return {**call, "function": function} if "function" in call else {"type": "function", "function": function}
 
 
-def _check_numbers(value: Any, field: str, found: Found) -> None:
+def check_numbers(value: Any, field: str, found: Found) -> None:
     """Report numbers that Arrow cannot hold as JSON: it would hand on null, or the whole message as text."""
     if isinstance(value, dict):
         for name, inner in value.items():
-            _check_numbers(inner, f"{field}.{name}", found)
+            check_numbers(inner, f"{field}.{name}", found)
     elif isinstance(value, list):
         for i, inner in enumerate(value):
-            _check_numbers(inner, f"{field}[{i}]", found)
+            check_numbers(inner, f"{field}[{i}]", found)
     elif (isinstance(value, float) and not math.isfinite(value)) or (isinstance(value, int) and abs(value) >= 2**63):
         found.add("type", field, "is NaN, infinite or of more than 64 bits", "write that number as text, in quotes")
 
@@ -410,6 +426,14 @@ def _user(text: str) -> dict[str, str]:
 
 def _assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
+
+
+def _from_prompt(row: Row, found: Found) -> Row:
+    return {"prompt": _text(row, "prompt", found)}
+
+
+def _from_chat_prompt(row: Row, found: Found) -> Row:
+    return {"prompt": _prompt(_messages(row, "prompt", found), "prompt", found)}
 
 
 def _from_text(row: Row, found: Found) -> Row:
@@ -592,7 +616,7 @@ def _number(value: Any) -> float | None:
     """A number, or the number that a text holds, as in a .csv file."""
     try:
         return float(value) if isinstance(value, int | float | str) else None
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 
@@ -615,7 +639,7 @@ PAIR = "prompt:text completion:text"
 CHAT_PAIR = "prompt:messages completion:messages"
 TRIPLE = "prompt:text chosen:text rejected:text"
 CHAT_TRIPLE = "prompt:messages chosen:messages rejected:messages"
-PREFERENCE, UNPAIRED = "preference", "unpaired preference"
+PREFERENCE, UNPAIRED, PROMPT = "preference", "unpaired preference", "prompt"
 # The first that fits is taken: the more columns a format asks for, the earlier it stands.
 FORMATS = (
     _format(
@@ -673,4 +697,13 @@ FORMATS = (
     _format("OpenAI messages", "sft", "messages", "messages:messages", _from_messages),
     _format("ShareGPT", "sft", "conversations", "messages:messages", _from_sharegpt),
     _format("TRL language modeling", "sft", "text", "text:text", _from_text),
+    _format(
+        "TRL prompt-only (conversational)",
+        PROMPT,
+        "prompt",
+        "prompt:messages",
+        _from_chat_prompt,
+        accepts=_is_list("prompt"),
+    ),
+    _format("TRL prompt-only", PROMPT, "prompt", "prompt:text", _from_prompt),
 )

@@ -28,7 +28,11 @@ if TYPE_CHECKING:
 
 __all__ = ["DataArguments", "Splits", "load", "looks_like_path"]
 
-EXAMPLES = {"sft": "messages, prompt/completion, alpaca or text", "preference": "prompt/chosen/rejected"}
+EXAMPLES = {
+    "sft": "messages, prompt/completion, alpaca or text",
+    "preference": "prompt/chosen/rejected",
+    "prompt": "prompt, messages or alpaca",
+}
 
 
 @dataclass
@@ -64,14 +68,12 @@ class DataArguments(ScriptArguments):
     max_eval_samples: int | None = field(
         default=500, metadata={"help": "Evaluate on N held-out rows only; `none` for all."}
     )
-    max_generation_samples: int = field(
-        default=64, metadata={"help": "Answer the first N held-out prompts, before and after training."}
-    )
-    max_new_tokens: int = field(default=128, metadata={"help": "Length limit of those answers, in tokens."})
 
 
-def column_mapping(text: str | None) -> dict[str, str]:
+def column_mapping(text: str | None, task: str | None = None) -> dict[str, str]:
     """`prompt=question,completion=answer` as target column -> column of the file.
+
+    For the task `prompt` every target is good: reward functions get the column under that name.
 
     Raises:
         ValueError: it is not of that form, or names a column that no format reads; the message says which.
@@ -83,7 +85,7 @@ def column_mapping(text: str | None) -> dict[str, str]:
             break
         if not (target and equals and origin):
             raise ValueError(f"`{part}` is not NAME=COLUMN, as in prompt=question,completion=answer")
-        if target not in formats.known_columns():
+        if target not in formats.known_columns() and task != formats.PROMPT:
             raise ValueError(f"no format reads `{target}`: the names are {', '.join(sorted(formats.known_columns()))}")
         if target in mapping:
             raise ValueError(f"`{target}` is given twice")
@@ -119,7 +121,7 @@ def load(
     limit: LengthLimit | None = None,
     bad_rows_file: Path | None = None,
 ) -> Splits:
-    """Load the dataset that `args` names for a `task` (`sft` or `preference`).
+    """Load the dataset that `args` names for a `task`: `sft`, `preference`, or `prompt`, which any dataset with prompts suits.
 
     With `chooses_best` (`--load_best_model_at_end`) validation rows are never the test rows: what was chosen on them
     could not be reported on them. Problems are written to `bad_rows_file`, one JSON object per line.
@@ -136,7 +138,9 @@ def load(
 
             return stream_splits(args, opened, names, chooses_best, limit)
         splits = {
-            name: Split(name, preparing.prepare(source, opened.format, opened.columns, num_proc))
+            name: Split(
+                name, preparing.prepare(source, opened.format, opened.columns, num_proc, task == formats.PROMPT)
+            )
             for name, source in opened.sources.items()
             if name in names.values()
         }
@@ -169,13 +173,13 @@ class Opened:
     columns: dict[str, str]
 
 
-def open_for_training(args: DataArguments) -> Opened:
-    """Open the dataset that `args` names and tell its format.
+def open_for_training(args: DataArguments, task: str | None = None) -> Opened:
+    """Open the dataset that `args` names and tell its format; without a `task`, whatever it is for.
 
     Raises:
         UserError: it cannot be read, `--columns` names columns it has not, or no format fits.
     """
-    name, mapping = str(args.dataset_name), column_mapping(args.columns)
+    name, mapping = str(args.dataset_name), column_mapping(args.columns, task)
     sources = open_dataset(name, args.dataset_config, args.dataset_streaming)
     train = _require_split(sources, args.dataset_train_split, "train", name)
     if missing := [origin for origin in mapping.values() if origin not in train.columns]:
@@ -184,7 +188,7 @@ def open_for_training(args: DataArguments) -> Opened:
     if not sample:
         raise UserError(_no_row(train, name))
     columns = list(dict.fromkeys([*mapping, *(c for c in train.columns if c not in mapping.values())]))
-    return Opened(name, sources, formats.detect(columns, sample, name), mapping)
+    return Opened(name, sources, formats.detect(columns, sample, name, task), mapping)
 
 
 def _no_row(source: Source, name: str) -> str:
@@ -198,9 +202,9 @@ def _no_row(source: Source, name: str) -> str:
 
 
 def _open(args: DataArguments, task: str) -> Opened:
-    opened = open_for_training(args)
+    opened = open_for_training(args, task)
     fmt = opened.format
-    if fmt.task != task:
+    if fmt.task != task and task != formats.PROMPT:
         other = registry.for_task(fmt.task)
         meant = f"which is data for --module {other.name}" if other else "which no module here trains on"
         raise UserError(

@@ -26,31 +26,37 @@ if TYPE_CHECKING:
 FILE, ROW, LINE = "__file__", "__row__", "__line__"  # where it stands
 KEY, PROMPT_KEY = "__key__", "__prompt_key__"  # hashes of the row and of its prompt
 PROMPT_BYTES, PROMPT_TURNS = "__prompt_bytes__", "__prompt_turns__"  # its prompt's size; turns is 0 for plain text
+ROW_BYTES, ROW_TURNS = "__row_bytes__", "__row_turns__"  # the same of its prompt and its longest answer together
 UNBOUNDED = 2**40  # bytes of tools, tool calls and images: only tokenizing them tells
 ASKS = "__asks__"  # 1: the prompt ends with a question mark, 2: the answer does
 PROBLEMS = "__problems__"  # JSON, null when there are none
-META = (FILE, ROW, LINE, KEY, PROMPT_KEY, PROMPT_BYTES, PROMPT_TURNS, ASKS, PROBLEMS)
+META = (FILE, ROW, LINE, KEY, PROMPT_KEY, PROMPT_BYTES, PROMPT_TURNS, ROW_BYTES, ROW_TURNS, ASKS, PROBLEMS)
+ANSWERS = ("text", "completion", "chosen", "rejected")
 HALF_A_CHARACTER = "holds half of a surrogate pair, which is no text"
 QUESTION_MARKS = ("?", "？")
 
 
-def prepare(source: Source, fmt: Format, columns: dict[str, str], num_proc: int | None = None) -> Dataset:
+def prepare(
+    source: Source, fmt: Format, columns: dict[str, str], num_proc: int | None = None, prompts_only: bool = False
+) -> Dataset:
     """All rows of `source` in TRL's columns and the columns `META`; from the cache when nothing has changed.
 
     Args:
         columns: target column -> column of the file, from `--columns`.
+        prompts_only: keep the prompt alone, and the other columns of the file as they are, for reward functions.
     """
     from datasets import Dataset
 
     _refuse_empty(source)
     # Any row of a text file may be the first to hold tools or an image; columns that stay empty are taken away again.
     carried = formats.CARRIED_COLUMNS if source.features is None else _carried(source, columns)
-    features = features_of(source, fmt, columns, carried)
+    passed_on = _passed_on(source, fmt, columns) if prompts_only else None
+    features = features_of(source, fmt, columns, carried, passed_on)
     n_processes = min(num_proc or 1, len(source.shards))
     rows = Dataset.from_generator(
         prepared_rows,
         features=features,
-        gen_kwargs=_per_shard(source, fmt, columns, carried),
+        gen_kwargs=_per_shard(source, fmt, columns, carried, passed_on),
         num_proc=n_processes if n_processes > 1 else None,
         fingerprint=_cache_key(source, fmt, columns, features),
     )
@@ -67,7 +73,7 @@ def stream(source: Source, fmt: Format, columns: dict[str, str]) -> IterableData
     return IterableDataset.from_generator(
         prepared_rows,
         features=features_of(source, fmt, columns, carried),
-        gen_kwargs=_per_shard(source, fmt, columns, carried),
+        gen_kwargs=_per_shard(source, fmt, columns, carried, None),
     )
 
 
@@ -81,40 +87,78 @@ def _carried(source: Source, columns: dict[str, str]) -> tuple[str, ...]:
     return tuple(name for name in formats.CARRIED_COLUMNS if columns.get(name, name) in source.columns)
 
 
-def _per_shard(source: Source, fmt: Format, columns: dict[str, str], carried: tuple[str, ...]) -> dict[str, list[Any]]:
+def _passed_on(source: Source, fmt: Format, columns: dict[str, str]) -> tuple[str, ...]:
+    """Columns of the file that go to reward functions, as in TRL: all but the prompt and the completion.
+
+    A reference answer in `completion` reaches them under another name: `--columns answer=completion`.
+    """
+    names = dict.fromkeys([*columns, *(name for name in source.columns if name not in columns.values())])
+    for name in names:
+        if not name.isprintable() or name in META:
+            raise UserError(f"the column {name!r} cannot be passed on to reward functions: rename it, or remove it")
+    return tuple(name for name in names if name not in ("prompt", "completion", *formats.CARRIED_COLUMNS))
+
+
+def _per_shard(
+    source: Source,
+    fmt: Format,
+    columns: dict[str, str],
+    carried: tuple[str, ...],
+    passed_on: tuple[str, ...] | None,
+) -> dict[str, list[Any]]:
     """Arguments of `prepared_rows`: `from_generator` hands out lists to processes by their length."""
-    n = len(source.shards)
-    return {"shards": source.shards, "format_name": [fmt.name] * n, "columns": [columns] * n, "carried": [carried] * n}
+    same = {"format_name": fmt.name, "columns": columns, "carried": carried, "passed_on": passed_on}
+    return {"shards": source.shards, **{name: [value] * len(source.shards) for name, value in same.items()}}
 
 
-def features_of(source: Source, fmt: Format, columns: dict[str, str], carried: tuple[str, ...]) -> Features:
+def features_of(
+    source: Source,
+    fmt: Format,
+    columns: dict[str, str],
+    carried: tuple[str, ...],
+    passed_on: tuple[str, ...] | None = None,
+) -> Features:
     """Types of the prepared columns. Messages are stored as JSON: their keys differ from message to message."""
     from datasets import Features, Json, List, Value
 
     kinds = {formats.TEXT: Value("string"), formats.MESSAGES: List(Json()), formats.LABEL: Value("bool")}
     handed_on = {"tools": Json(), "image": Value("string"), "images": List(Value("string"))}  # images in files: paths
-    features = {name: kinds[kind] for name, kind in fmt.outputs.items()}
+    outputs = fmt.outputs if passed_on is None else formats.as_prompts(fmt) or {}
+    features = {name: kinds[kind] for name, kind in outputs.items()}
+    for name in passed_on or ():
+        features[name] = Json() if source.features is None else source.features[columns.get(name, name)]
     for name in carried:
         if source.features is not None and name in IMAGE_COLUMNS:
             given = source.features[columns.get(name, name)]
             features[name] = image_feature(given, decode=True) or given  # the vision modules want images, not bytes
         else:
             features[name] = handed_on[name]
-    numbers = dict.fromkeys((ROW, LINE, KEY, PROMPT_KEY, PROMPT_BYTES, PROMPT_TURNS, ASKS), Value("int64"))
+    numbers = {name: Value("int64") for name in META if name not in (FILE, PROBLEMS)}
     return Features({**features, FILE: Value("string"), **numbers, PROBLEMS: Value("string")})
 
 
 def prepared_rows(
-    shards: list[Shard], format_name: list[str], columns: list[dict[str, str]], carried: list[tuple[str, ...]]
+    shards: list[Shard],
+    format_name: list[str],
+    columns: list[dict[str, str]],
+    carried: list[tuple[str, ...]],
+    passed_on: list[tuple[str, ...] | None],
 ) -> Iterator[Row]:
     """Convert the rows of some shards. The lists have one entry per shard."""
-    for shard, name, mapping, handed_on in zip(shards, format_name, columns, carried, strict=True):
+    for shard, name, mapping, handed_on, others in zip(shards, format_name, columns, carried, passed_on, strict=True):
         fmt = next(fmt for fmt in formats.FORMATS if fmt.name == name)
         for raw in shard.rows():
-            yield prepared_row(raw, shard.path, fmt, mapping, handed_on)
+            yield prepared_row(raw, shard.path, fmt, mapping, handed_on, others)
 
 
-def prepared_row(raw: RawRow, path: str, fmt: Format, columns: dict[str, str], carried: tuple[str, ...]) -> Row:
+def prepared_row(
+    raw: RawRow,
+    path: str,
+    fmt: Format,
+    columns: dict[str, str],
+    carried: tuple[str, ...],
+    passed_on: tuple[str, ...] | None = None,
+) -> Row:
     """One row in TRL's columns and `META`; without TRL's columns when it has problems."""
     place = {FILE: path, ROW: raw.number, LINE: raw.line}
     if raw.problem is not None or raw.row is None:
@@ -124,7 +168,12 @@ def prepared_row(raw: RawRow, path: str, fmt: Format, columns: dict[str, str], c
     try:
         converted = fmt.convert(row)
         _check_carried(converted, carried)
-        known = place | converted | _known_about(converted)
+        others: Row = {}
+        if passed_on is not None:
+            handed_on = {name: converted[name] for name in formats.CARRIED_COLUMNS if name in converted}
+            converted = {"prompt": formats.prompt_of(converted), **handed_on}
+            others = _others(row, passed_on, raw.line is not None)
+        known = place | converted | others | _known_about(converted, others)
         return known | {PROBLEMS: _dump(doubts)} if doubts else known
     except BadRow as error:
         return place | {PROBLEMS: _dump([*error.problems, *doubts])}
@@ -133,6 +182,24 @@ def prepared_row(raw: RawRow, path: str, fmt: Format, columns: dict[str, str], c
     except RecursionError:
         problem = FieldProblem("json", None, "is nested too deeply", "flatten the object")
     return place | {PROBLEMS: _dump([problem])}
+
+
+def _others(row: Row, names: tuple[str, ...], is_text: bool) -> Row:
+    """The columns that are passed on as they are. In a text file any value may stand in them: they are stored as JSON.
+
+    Raises:
+        BadRow: a number in them is one that JSON in Arrow cannot hold.
+    """
+    values = {name: row.get(name) for name in names}
+    if not is_text:
+        return values
+    found = formats.Found()
+    for name, value in values.items():
+        formats.check_numbers(value, name, found)
+    if found:
+        raise BadRow(found)
+    # `Json` would read the text "0466" as the number 466
+    return {k: json.dumps(v, ensure_ascii=False) if isinstance(v, str) else v for k, v in values.items()}
 
 
 def _check_carried(converted: Row, carried: tuple[str, ...]) -> None:
@@ -162,15 +229,21 @@ def _dump(problems: Any) -> str:
     return text.encode("utf-8", "replace").decode()  # a wrong value that is shown may be no text
 
 
-def _known_about(converted: Row) -> Row:
+def _known_about(converted: Row, others: Row | None = None) -> Row:
+    """What is known about a row in TRL's columns; `others` are columns that only make it differ from another row."""
     prompt = formats.prompt_of(converted)
     turns = prompt if isinstance(prompt, list) else []
-    key = _hash(converted)
+    answers = [converted[name] for name in ANSWERS if name in converted] or [
+        converted.get("messages", [])[len(turns) :]
+    ]
+    key, n_bytes = _hash((others or {}) | converted), _size(prompt) + _size(converted.get("tools"))
     return {
         KEY: key,
         PROMPT_KEY: key if prompt is None else _hash(prompt),
-        PROMPT_BYTES: _size(prompt) + _size(converted.get("tools")),
+        PROMPT_BYTES: n_bytes,
         PROMPT_TURNS: len(turns),
+        ROW_BYTES: n_bytes + max(map(_size, answers)),
+        ROW_TURNS: len(turns) + max(len(answer) if isinstance(answer, list) else 0 for answer in answers),
         ASKS: _asks(turns[-1].get("content") if turns else prompt) + 2 * _asks(_last_text(converted)),
     }
 

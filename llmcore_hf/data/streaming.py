@@ -16,7 +16,7 @@ import numpy as np
 from llmcore_hf.data import auditing, preparing
 from llmcore_hf.data.auditing import LengthLimit
 from llmcore_hf.data.loading import DataArguments, Opened, Splits, fingerprint, judge
-from llmcore_hf.data.preparing import FILE, KEY, LINE, META, PROBLEMS, PROMPT_BYTES, PROMPT_KEY, PROMPT_TURNS, ROW
+from llmcore_hf.data.preparing import FILE, KEY, LINE, META, PROBLEMS, PROMPT_KEY, ROW
 from llmcore_hf.data.problems import KEEP, Problem, Report
 from llmcore_hf.errors import UserError
 
@@ -61,10 +61,15 @@ class Gate:
         if row[PROMPT_KEY] in self.held_out:
             text = f"has a prompt of the held-out split `{self.held_out[row[PROMPT_KEY]]}`"
             yield Problem("leak", **place, field=None, text=text, remedy="remove it from one of the splits")
-        size, turns = np.array([row[PROMPT_BYTES]]), np.array([row[PROMPT_TURNS]])
-        too_long = self.limit.problem(row) if self.limit and self.limit.may_be_too_long(size, turns)[0] else None
+        too_long = self._too_long(row)
         if too_long:
             yield Problem("too_long", **place, field=None, text=too_long, remedy=auditing.TOO_LONG)
+
+    def _too_long(self, row: dict[str, Any]) -> str | None:
+        if self.limit is None:
+            return None
+        sizes = (np.array([row[name]]) for name in self.limit.measured)
+        return self.limit.problem(row) if self.limit.may_be_too_long(*sizes)[0] else None
 
 
 def stream_splits(

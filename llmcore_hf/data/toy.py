@@ -10,8 +10,9 @@ held-out splits.
 
 from __future__ import annotations
 
+import math
 import random
-from itertools import combinations_with_replacement
+from itertools import combinations, combinations_with_replacement, permutations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -109,7 +110,51 @@ def toy_sort_preference() -> DatasetDict:
     )
 
 
-TOY_DATASETS = {"toy-sort": toy_sort, "toy-sort-preference": toy_sort_preference}
+def toy_sort_noisy_preference() -> DatasetDict:
+    """The same columns with annotators that err: two orders of the digits, and the better one is chosen most of the time.
+
+    The probability of a choice is that of a Bradley-Terry model, sigmoid of the difference in `true_reward`. So the best
+    possible accuracy is below 1, and a reward model is calibrated when it says these probabilities.
+    """
+    return _dataset_dict(_noisy_pair)
+
+
+def _noisy_pair(prompt: str, digits: str) -> dict[str, list[dict[str, str]]]:
+    rng = random.Random(f"{DATA_SEED}-noisy-{prompt}")
+    first, second = rng.sample(sorted(set(map("".join, permutations(digits)))), 2)
+    p_first = 1 / (1 + math.exp(true_reward(second) - true_reward(first)))
+    chosen, rejected = (first, second) if rng.random() < p_first else (second, first)
+    return {"prompt": _user(prompt), "chosen": _assistant(chosen), "rejected": _assistant(rejected)}
+
+
+def true_reward(answer: str) -> float:
+    """Minus the number of pairs of digits that stand in the wrong order: 0 when sorted, down to -6."""
+    return -float(sum(a > b for a, b in combinations(answer, 2)))
+
+
+def toy_sort_prompt() -> DatasetDict:
+    """Conversational prompts for online RL, with the answer that a reward function compares with: `prompt`, `answer`."""
+    return _dataset_dict(lambda prompt, digits: {"prompt": _user(prompt), "answer": ascending(digits)})
+
+
+def toy_sort_demonstrations() -> DatasetDict:
+    """What annotators who disagree wrote: as `toy_sort`, half of the answers in descending order."""
+    rng = random.Random(DATA_SEED)
+    return _dataset_dict(
+        lambda prompt, digits: {
+            "prompt": _user(prompt),
+            "completion": _assistant(rng.choice((ascending, descending))(digits)),
+        }
+    )
+
+
+TOY_DATASETS = {
+    "toy-sort": toy_sort,
+    "toy-sort-demonstrations": toy_sort_demonstrations,
+    "toy-sort-preference": toy_sort_preference,
+    "toy-sort-noisy-preference": toy_sort_noisy_preference,
+    "toy-sort-prompt": toy_sort_prompt,
+}
 
 
 def undecided_corpus(n: int) -> list[tuple[str, str]]:

@@ -40,6 +40,9 @@ class PPOConfig(TrainingArguments):
         default=None,
         metadata={"help": "Further arguments of `from_pretrained`, when the model is given by its id or path."},
     )
+    trust_remote_code: bool = option(
+        False, "Run code that a model brings along, when the model is given by its id or path."
+    )
     num_ppo_epochs: int = option(4, "Passes over each rollout.")
     num_mini_batches: int = option(1, "Optimizer steps per pass over a rollout.")
     total_episodes: int | None = option(

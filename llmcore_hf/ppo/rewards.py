@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from trl import apply_chat_template, is_conversational
+from trl import is_conversational
 
 from llmcore_hf.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Text = str | list[dict[str, Any]]  # plain text, or the turns of a conversation
 RewardFunc = Callable[..., Sequence[float | None]]
 # Columns of these names would collide with what every function gets, or pass for it.
-OWN_ARGUMENTS = ("prompts", "completion", "completions", "completion_ids", "trainer_state")
+GIVEN = ("trainer_state", "log_metric", "log_extra")  # what TRL gives to functions besides texts and columns
+OWN_ARGUMENTS = ("prompts", "completion", "completions", "completion_ids", *GIVEN)
 
 
 class RewardError(UserError):
@@ -54,8 +58,12 @@ class Scorer:
     weight: float
     tokenizer: PreTrainedTokenizerBase | None = None
 
-    def __call__(self, batch: Batch, trainer_state: Any, batch_size: int) -> Tensor:
+    def __call__(self, batch: Batch, batch_size: int, **given: Any) -> Tensor:
         """(B,) rewards in float32; NaN where a function returned None because it has nothing to say.
+
+        Args:
+            batch_size: completions that a reward model looks at together.
+            given: values for `GIVEN`.
 
         Raises:
             RewardError: the function raised, or returned the wrong number or kind of values.
@@ -67,9 +75,11 @@ class Scorer:
                 prompts=batch.prompts,
                 completions=batch.completions,
                 completion_ids=batch.completion_ids,
-                trainer_state=trainer_state,
+                **given,
                 **batch.columns,
             )
+            if inspect.iscoroutine(values):
+                values = asyncio.run(values)
         except Exception as error:
             what = f"{type(error).__name__}: {error}"
             raise RewardError(f"reward function `{self.name}` failed on {batch.name}: {what}") from error
@@ -99,13 +109,9 @@ class Scorer:
 
     @torch.no_grad()
     def _ask_model(self, batch: Batch, batch_size: int) -> Tensor:
-        """First logit of the model for each prompt and completion, tokenized as TRL's RewardTrainer tokenizes them."""
+        """First logit of the model for each prompt and completion."""
         assert isinstance(self.func, nn.Module) and self.tokenizer is not None
-        pairs: Any = zip(batch.prompts, batch.completions, strict=True)
-        texts = [prompt + completion for prompt, completion in pairs]  # two texts, or the turns of one conversation
-        if is_conversational({"prompt": batch.prompts[0]}):
-            texts = [apply_chat_template({"messages": turns}, self.tokenizer)["text"] for turns in texts]
-        ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        ids = encode(batch.prompts, batch.completions, self.tokenizer)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # rows of similar length, so little padding
         device = next(self.func.parameters()).device
         scores = torch.empty(len(ids))
@@ -121,6 +127,20 @@ class Scorer:
                 f"reward model `{self.name}` gave {scores[i]} to sample {i} of {batch.name}. {_shown(batch, i)}"
             )
         return scores
+
+
+def encode(prompts: list[Text], completions: list[Text], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of each prompt with its completion, as TRL's RewardTrainer makes them.
+
+    The score is read at the last token, so an end token closes plain text, as it did in training; a chat template
+    brings its own. Both close a completion that was cut off, too.
+    """
+    pairs: Any = zip(prompts, completions, strict=True)
+    rows = [prompt + completion for prompt, completion in pairs]  # texts, or the turns of one conversation
+    if is_conversational({"prompt": prompts[0]}):
+        return tokenizer.apply_chat_template(rows, return_dict=True)["input_ids"]
+    end = tokenizer.eos_token or ""
+    return tokenizer([row if row.endswith(end) else row + end for row in rows])["input_ids"]
 
 
 def _is_finite_number(value: Any) -> bool:
@@ -158,7 +178,7 @@ def make_scorers(
 
 def _make_scorer(func: Any, weight: float, tokenizer: PreTrainedTokenizerBase | None) -> Scorer:
     if isinstance(func, str):
-        func = AutoModelForSequenceClassification.from_pretrained(func, num_labels=1)
+        func = load_reward_model(func)
     if not isinstance(func, nn.Module):
         if not callable(func):
             raise ValueError(f"a reward function is a callable, a sequence classifier or its path, not {func!r}")
@@ -170,6 +190,29 @@ def _make_scorer(func: Any, weight: float, tokenizer: PreTrainedTokenizerBase | 
     func.config.pad_token_id = tokenizer.pad_token_id  # the classifier finds the last token with it
     func.eval().requires_grad_(False)
     return Scorer(path.rstrip("/").split("/")[-1] or type(func).__name__, func, weight, tokenizer)
+
+
+def load_reward_model(path: str, **options: Any) -> PreTrainedModel:
+    """The sequence classifier at an id or path, an adapter merged into its base; `options` go to `from_pretrained`.
+
+    Raises:
+        UserError: weights are missing in it, as in a language model that was never trained to give rewards.
+    """
+    if Path(path, "adapter_config.json").is_file():
+        from peft import AutoPeftModelForSequenceClassification
+
+        adapted = AutoPeftModelForSequenceClassification.from_pretrained(path, num_labels=1, **options)
+        merged: Any = adapted.merge_and_unload()
+        merged.config.name_or_path = path
+        return merged
+    model, found = AutoModelForSequenceClassification.from_pretrained(
+        path, num_labels=1, output_loading_info=True, **options
+    )
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(
+            f"{path} is no reward model: it has no weights for {', '.join(missing)}. Train one with --module reward"
+        )
+    return model
 
 
 def total(rewards: Tensor, weights: Tensor, batch: Batch) -> Tensor:

@@ -10,7 +10,7 @@ import copy
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,10 +122,12 @@ class PPOTrainer(Trainer):
         if args.n_gpu > 1:
             raise ValueError("one process drives one GPU here: start with `accelerate launch`")
         if isinstance(model, str):
-            options = args.model_init_kwargs
-            model = create_model_from_path(model, **(options if isinstance(options, dict) else {}))
+            options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+            model = create_model_from_path(model, **{"trust_remote_code": args.trust_remote_code, **options})
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(model.config.name_or_path, padding_side="left")
+            processing_class = AutoTokenizer.from_pretrained(
+                model.config.name_or_path, padding_side="left", trust_remote_code=args.trust_remote_code
+            )
         if processing_class.pad_token_id is None:
             raise ValueError(
                 "the tokenizer has no padding token: set one that is not the end token, or the policy never learns to stop"
@@ -163,8 +165,10 @@ class PPOTrainer(Trainer):
         self._rollout_means: dict[str, list[float]] = defaultdict(list)
         self._step_parts: dict[str, list[Tensor]] = defaultdict(list)
         self._step_kl: list[Tensor] = []  # of the micro-batches since the last look at `target_kl`
+        self._extra: dict[str, list[Any]] = {}  # columns of the table that reward functions added
         self._table: tuple[Batch, Tensor, list[float]] | None = None  # of the last rollout
-        self._began, self._episodes = time.perf_counter(), 0
+        self._episodes = self._episodes_before = 0  # completions trained on: in all, and before this process began
+        self._began = time.perf_counter()
         self.add_callback(_StateCallback(self))
 
     # ------------------------------------------------------------ set-up
@@ -206,9 +210,10 @@ class PPOTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train; `resume_from_checkpoint` as in the Trainer. Critic and KL coefficient come back as well."""
         found = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        self._episodes = 0
         if found:
             self._load_state(Path(found))
-        self._began, self._episodes = time.perf_counter(), 0
+        self._began, self._episodes_before = time.perf_counter(), self._episodes
         return super().train(resume_from_checkpoint=found or None, **kwargs)
 
     # ------------------------------------------------------------ one optimizer step
@@ -292,7 +297,8 @@ class PPOTrainer(Trainer):
         args = self.args
         self.model.eval()
         batch, prompt_ids = self.complete(rows, self.sampling, f"the rollout before step {self.state.global_step + 1}")
-        scores = self.score(batch)  # (B, F)
+        self._extra = {}
+        scores = self.score(batch, self._log_metric, self._extra.__setitem__)  # (B, F)
         score = self._total(scores, batch)  # (B,)
         sequences = Sequences.of(
             prompt_ids, batch.completion_ids, self.processing_class.pad_token_id, self.accelerator.device
@@ -342,8 +348,10 @@ class PPOTrainer(Trainer):
         tokenizer = self.processing_class
         conversational = is_conversational({"prompt": prompts[0]})
         if conversational:
-            prompt_ids = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)[
-                "input_ids"
+            template = {"add_generation_prompt": True, "return_dict": True}
+            prompt_ids = [
+                tokenizer.apply_chat_template(row["prompt"], tools=row.get("tools"), **template)["input_ids"]
+                for row in rows
             ]
         else:
             prompt_ids = tokenizer(prompts)["input_ids"]
@@ -355,11 +363,23 @@ class PPOTrainer(Trainer):
         columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
         return Batch(prompts, completions, completion_ids, columns, name), prompt_ids
 
-    def score(self, batch: Batch) -> Tensor:
-        """(B, F) rewards, one column per reward function; NaN where a function does not apply."""
+    def score(
+        self,
+        batch: Batch,
+        log_metric: Callable[[str, float], None] = lambda name, value: None,
+        log_extra: Callable[[str, list[Any]], None] = lambda column, values: None,
+    ) -> Tensor:
+        """(B, F) rewards, one column per reward function; NaN where a function does not apply.
+
+        Functions that ask for it may log a number or a column of the table of completions.
+        """
+        given = {"trainer_state": self.state, "log_metric": log_metric, "log_extra": log_extra}
         size = self.args.local_rollout_forward_batch_size
-        columns = [scorer(batch, self.state, size) for scorer in self.scorers]
+        columns = [scorer(batch, size, **given) for scorer in self.scorers]
         return torch.stack(columns, dim=1).to(self.accelerator.device)
+
+    def _log_metric(self, name: str, value: float) -> None:
+        self._rollout_means[name].append(value)
 
     def _total(self, scores: Tensor, batch: Batch) -> Tensor:
         weights = torch.tensor([scorer.weight for scorer in self.scorers], device=scores.device)
@@ -473,7 +493,7 @@ class PPOTrainer(Trainer):
         if "loss" in logs:
             logs = {**logs, **self._take_averages()}
             logs["episode"] = self._episodes
-            logs["eps"] = self._episodes / (time.perf_counter() - self._began)
+            logs["eps"] = (self._episodes - self._episodes_before) / (time.perf_counter() - self._began)
             if self._table and self.is_world_process_zero():
                 self._print_table(*self._table)
         super().log(logs, start_time)
@@ -496,7 +516,7 @@ class PPOTrainer(Trainer):
         rewards = {s.name: column.tolist() for s, column in zip(self.scorers, scores.T, strict=True)}
         n = self.args.num_completions_to_print
         print_prompt_completions_sample(
-            batch.prompts, batch.completions, rewards, advantages, self.state.global_step, n
+            batch.prompts, batch.completions, rewards, advantages, self.state.global_step, n, self._extra
         )
 
     # ------------------------------------------------------------ saving
@@ -514,11 +534,11 @@ class PPOTrainer(Trainer):
             self.push_to_hub(commit_message="Model save")
 
     def _load_state(self, checkpoint: Path) -> None:
-        """What the Trainer does not bring back by itself: the critic's weights and the KL coefficient."""
+        """What the Trainer does not bring back by itself: the critic's weights, the KL coefficient, the completions so far."""
         if not self.is_deepspeed_enabled:  # whose engine loads all weights itself
             self.model.load_critic(checkpoint)
         state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-        self.kl_controller.value = state["kl_coef"]
+        self.kl_controller.value, self._episodes = state["kl_coef"], state["episode"]
 
 
 class _StateCallback(TrainerCallback):
@@ -534,7 +554,8 @@ class _StateCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.should_save:
             file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE
-            write_atomically(file, json.dumps({"kl_coef": self.trainer.kl_controller.value}))
+            kept = {"kl_coef": self.trainer.kl_controller.value, "episode": self.trainer._episodes}
+            write_atomically(file, json.dumps(kept))
 
 
 def _datasets(train: Any, evaluation: Any) -> Iterator[tuple[str, Any]]:
@@ -554,6 +575,8 @@ def _check_columns(name: str, dataset: Any) -> None:
         raise ValueError(f"{name} has no rows")
     if columns is not None and "prompt" not in columns:
         raise ValueError(f"{name} has no column `prompt`; it has: {', '.join(columns)}")
+    if images := {"image", "images"} & set(columns or ()):
+        raise ValueError(f"{name} has a column `{images.pop()}`: PPO trains on text alone; GRPO can show images")
     if taken := sorted(set(columns or ()) & set(OWN_ARGUMENTS)):
         raise ValueError(f"{name}: rename column {', '.join(taken)}: reward functions get an argument of that name")
 

@@ -1,0 +1,1 @@
+"""The course: roadmap, briefs, quizzes, cards, progress. Reads what runs left behind; nothing here imports torch."""

@@ -1,0 +1,108 @@
+"""What the learner's own runs left behind: the latest run of a module, and single values of its summary."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from llmcore_hf.errors import UserError
+
+SUMMARY, OPTIONS = "summary.json", "resolved_config.yaml"
+
+
+@dataclass
+class Run:
+    """One run directory: `summary` as it stands in `summary.json`."""
+
+    path: Path
+    summary: dict[str, Any]
+    checks: dict[str, dict[str, Any]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.checks = {check["id"]: check for check in self.summary["checks"]}
+
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """The resolved options of the run; empty when the file is missing."""
+        from llmcore_hf.learning.texts import read_yaml
+
+        file = self.path / OPTIONS
+        found = read_yaml(file) if file.is_file() else None
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def succeeded(self) -> bool:
+        """The run came to its end and no check failed. A warning of a learning check is no failure."""
+        return self.summary["status"] == "ok" and not self.with_status("fail")
+
+    def with_status(self, status: str) -> list[dict[str, Any]]:
+        return [check for check in self.checks.values() if check["status"] == status]
+
+    def look_up(self, path: Sequence[str | int]) -> Any:
+        """The value at `path`; None where there is none.
+
+        A path begins with a key of the summary. After `checks` follows a check's id instead of its position, and
+        `options` stands for the resolved options, which lie in a file of their own.
+        """
+        head = path[0]
+        value: Any
+        if head == "options":
+            value = self.options
+        else:
+            value = self.checks if head == "checks" else self.summary.get(str(head))
+        for key in path[1:]:
+            try:
+                value = value[key]
+            except (KeyError, IndexError, TypeError):
+                return None
+        return value
+
+
+def read(path: Path, module: str | None = None) -> Run:
+    """The run in the directory `path`.
+
+    Raises:
+        UserError: there is no readable summary in it, or it is another module's.
+    """
+    file = path / SUMMARY
+    if not file.is_file():
+        raise UserError(f"{path} holds no {SUMMARY}: name the directory of a run, such as output/dpo/latest")
+    try:
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        run = Run(path.resolve(), summary)
+        found = summary["module"], summary["status"], summary["run_id"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{file} is damaged ({type(error).__name__}: {error}): mend it, or delete that folder"
+        ) from None
+    if module is not None and found[0] != module:
+        raise UserError(f"{path} is a run of `{found[0]}`, not of `{module}`")
+    return run
+
+
+def latest(module: str, root: Path = Path("output")) -> Run | None:
+    """The newest run of a module below `root`; None when there is none.
+
+    `latest` points to it; where that link is missing (a copied folder), the newest `started_at` decides.
+
+    Raises:
+        UserError: its summary is damaged.
+    """
+    folder = root / module
+    if (folder / "latest" / SUMMARY).is_file():
+        return read(folder / "latest", module)
+    return max(all_runs(module, root), key=_started_at, default=None)
+
+
+def all_runs(module: str, root: Path = Path("output")) -> list[Run]:
+    """Every run of a module below `root`, oldest first."""
+    folders = {file.parent.resolve() for file in (root / module).glob(f"*/{SUMMARY}")}
+    return sorted((read(folder, module) for folder in folders), key=_started_at)
+
+
+def _started_at(run: Run) -> str:
+    return str(run.summary.get("started_at"))

@@ -1,0 +1,107 @@
+"""All briefs at once: one Markdown file per module, an index, and one HTML page to print."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+
+from llmcore_hf import registry
+from llmcore_hf.durability import write_atomically
+from llmcore_hf.errors import UserError
+from llmcore_hf.learning import brief, evidence, plan
+from llmcore_hf.learning.evidence import Run
+from llmcore_hf.learning.texts import Parser
+
+WORDS = {
+    "title": {"zh": "三分钟口稿：全部模块", "en": "Three-minute briefs of all modules"},
+    "head": {
+        "zh": "| Day | 模块 | 口稿 | 运行 | 状态 | 检查 |",
+        "en": "| Day | Module | Brief | Run | Status | Checks |",
+    },
+    "no_run": {"zh": "还没有运行：`{command}`", "en": "no run yet: `{command}`"},
+    "no_brief": {"zh": "这个模块还没有口稿", "en": "this module has no brief yet"},
+    "planned": {"zh": "尚未加入", "en": "not there yet"},
+    "print": {"zh": "[打印版](index.html)", "en": "[page to print](index.html)"},
+    "nothing": {
+        "zh": "没有找到任何运行（在 output/ 里找）。先跑一个模块，例如：python run.py --module mdp --toy",
+        "en": "there is no run at all (looked in output/). Run a module first: python run.py --module mdp --toy",
+    },
+}
+# Fonts that systems have; nothing is fetched. A brief begins on a page of its own and is not broken inside a block.
+STYLE = """
+body { font: 11pt/1.6 "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "Source Han Sans SC", sans-serif;
+       max-width: 46em; margin: 2em auto; padding: 0 1em; color: #111; }
+h1 { font-size: 1.5em; border-bottom: 2px solid #333; } h2 { font-size: 1.15em; margin-top: 1.4em; }
+table { border-collapse: collapse; width: 100%; } td, th { border: 1px solid #999; padding: .2em .5em; text-align: left; }
+pre { background: #f4f4f4; padding: .7em; white-space: pre-wrap; } code { font-family: monospace; font-size: .92em; }
+section { break-before: page; } pre, li, table, p { break-inside: avoid; }
+@media print { body { margin: 0; max-width: none; font-size: 10pt; } }
+"""
+
+
+def pages(language: str) -> dict[str, tuple[Run, str]]:
+    """Module -> its latest run and its brief, for those that have both, in the order of days."""
+    found = {}
+    for module in sorted(registry.MODULES, key=lambda module: module.day):
+        source, run = brief.load(module.name), evidence.latest(module.name)
+        if source and run:
+            found[module.name] = run, brief.markdown(source, run, language)
+    return found
+
+
+def index(found: dict[str, tuple[Run, str]], language: str) -> str:
+    """The list of all modules, of those that have no run yet, and of planned days whose module is missing."""
+    lines = [f"# {WORDS['title'][language]}", "", WORDS["print"][language], "", WORDS["head"][language]]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    rows: list[tuple[int, str, str]] = []
+    for module in registry.MODULES:
+        rows.append((module.day, module.name, _row(module.name, found, language)))
+    for day in plan.load().days:
+        if not plan.find(day.module):
+            rows.append((day.day, day.module, f"{WORDS['planned'][language]} | | |"))
+    lines += [f"| {day} | `{name}` | {rest} |" for day, name, rest in sorted(rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _row(name: str, found: dict[str, tuple[Run, str]], language: str) -> str:
+    if name in found:
+        run = found[name][0]
+        checks = f"{len(run.with_status('pass'))}/{len(run.checks)}"
+        return f"[{name}.md]({name}.md) | `{run.summary['run_id']}` | {run.summary['status']} | {checks}"
+    if brief.load(name) is None:
+        return f"{WORDS['no_brief'][language]} | | |"
+    command = f"python run.py --module {name} --toy"
+    return f"{WORDS['no_run'][language].format(command=command)} | | |"
+
+
+def html(found: dict[str, tuple[Run, str]], index_page: str, language: str) -> str:
+    """One page with the index and every brief; links of the index lead within the page."""
+    from markdown_it import MarkdownIt
+
+    render = MarkdownIt("commonmark", {"html": False}).enable("table").render
+    body = render(index_page.replace(WORDS["print"][language], ""))
+    for name, (_, page) in found.items():
+        body = body.replace(f'href="{name}.md"', f'href="#{name}"')
+        body += f'<section id="{name}">\n{render(page)}</section>\n'
+    title = escape(WORDS["title"][language])
+    head = f'<meta charset="utf-8">\n<title>{title}</title>\n<style>{STYLE}</style>'
+    return f'<!doctype html>\n<html lang="{language}">\n<head>\n{head}\n</head>\n<body>\n{body}</body>\n</html>\n'
+
+
+def main(argv: list[str]) -> int:
+    """Write the briefs of all modules that have a run, the index, and the page to print."""
+    parser = Parser("export", "Write the briefs of all modules that have a run, an index, and a page to print.")
+    parser.add_argument("--to", metavar="DIR", help="where to write (default: output/briefs/<lang>)")
+    args = parser.parse_args(argv)
+    found = pages(args.lang)
+    if not found:
+        raise UserError(WORDS["nothing"][args.lang])
+    folder = Path(args.to) if args.to else Path("output") / "briefs" / args.lang
+    index_page = index(found, args.lang)
+    files = {f"{name}.md": page for name, (_, page) in found.items()}
+    files |= {"index.md": index_page, "index.html": html(found, index_page, args.lang)}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+    print(f"{folder}/: {len(found)} briefs, index.md, index.html")
+    return 0

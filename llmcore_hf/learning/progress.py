@@ -1,0 +1,258 @@
+"""Progress by evidence: which days have a run that passed all its checks, and what each level still lacks.
+
+A level is passed when all its modules have a run whose status is `ok` and none of whose checks failed or warned, every quiz item was answered right at least once, and the exercises of
+the level are passed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llmcore_hf import registry, resources
+from llmcore_hf.durability import write_atomically
+from llmcore_hf.errors import ConfigError, UserError
+from llmcore_hf.learning import evidence, items, plan, quiz, state
+from llmcore_hf.learning.evidence import SUMMARY, Run
+from llmcore_hf.learning.texts import Parser, read_yaml
+
+WORDS = {
+    "title": {"zh": "# 进度", "en": "# Progress"},
+    "days": {"zh": "| Day | 模块 | 运行 | 状态 | 检查 |", "en": "| Day | Module | Run | Status | Checks |"},
+    "levels": {
+        "zh": "| Level | 运行 | 测验 | 手撕 | 结果 |",
+        "en": "| Level | Runs | Quiz | Exercises | Result |",
+    },
+    "passed": {"zh": "**通过**", "en": "**passed**"},
+    "lacks": {"zh": "还差：{what}", "en": "lacks: {what}"},
+    "planned": {"zh": "模块尚未加入", "en": "module not there yet"},
+    "no_run": {"zh": "还没有运行", "en": "no run yet"},
+    "not_passed": {"zh": "（不算）", "en": " (does not count)"},
+    "lack_run": {"zh": "`{name}` 的运行", "en": "a run of `{name}`"},
+    "lack_pass": {"zh": "`{name}` 的一次没有失败和警告的运行", "en": "a run of `{name}` without failures and warnings"},
+    "lack_module": {"zh": "`{name}`（模块尚未加入）", "en": "`{name}` (module not there yet)"},
+    "lack_quiz": {
+        "zh": "测验 {n} 题（`python scripts/quiz.py --level {level}`）",
+        "en": "{n} quiz items (`python scripts/quiz.py --level {level}`)",
+    },
+    "lack_exercise": {"zh": "手撕 {names}", "en": "exercises {names}"},
+    "next": {"zh": "下一步：`{command}`", "en": "Next: `{command}`"},
+    "none": {
+        "zh": "还没有通过任何一关，不能发证书。`python scripts/progress.py` 说明还差什么。",
+        "en": "no level is passed, so there is no certificate. `python scripts/progress.py` says what is missing.",
+    },
+    "certificate": {"zh": "# LLM-Core 学习证书", "en": "# LLM-Core certificate"},
+    "certified": {
+        "zh": "下列各关由运行证据、测验和手撕题核对通过。打印于 {at}。",
+        "en": "The levels below were verified by runs, quiz answers and exercises. Printed {at}.",
+    },
+    "certificate_head": {
+        "zh": "| Level | 模块 | 运行 | 检查 | summary.json 的 SHA-256 |",
+        "en": "| Level | Module | Run | Checks | SHA-256 of summary.json |",
+    },
+    "verify": {
+        "zh": "核对：`sha256sum output/<模块>/<运行>/summary.json`；文件里有命令、种子和每条检查。",
+        "en": "To verify: `sha256sum output/<module>/<run>/summary.json`; the file holds the command, the seed and every check.",
+    },
+}
+
+
+def proven(run: Run | None) -> bool:
+    """Whether a run counts: it did what it says, and no check failed or warned. A check that was not made proves nothing."""
+    return run is not None and run.succeeded and bool(run.with_status("pass")) and not run.with_status("warn")
+
+
+def counted(module: str) -> Run | None:
+    """The newest run that counts; where none does, the latest."""
+    runs = evidence.all_runs(module)
+    return next((run for run in reversed(runs) if proven(run)), runs[-1] if runs else None)
+
+
+def exercises() -> dict[str, int]:
+    """Exercise -> its level, from `learning/exercises/<id>/exercise.yaml`."""
+    try:
+        folder = resources.path("learning/exercises")
+    except FileNotFoundError:
+        return {}
+    return {file.parent.name: int(read_yaml(file)["level"]) for file in sorted(folder.glob("*/exercise.yaml"))}
+
+
+@dataclass
+class LevelProgress:
+    level: int
+    runs: dict[
+        str, Run | None
+    ]  # required module -> the run that counts, or its latest; None when there is none, or no such module
+    quiz_right: int
+    quiz_all: int
+    exercises: dict[str, bool] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        runs = all(proven(run) for run in self.runs.values())
+        return runs and self.quiz_right == self.quiz_all and all(self.exercises.values())
+
+    def lacks(self, language: str) -> list[str]:
+        """What is missing, in words."""
+        found = []
+        for name, run in self.runs.items():
+            if not proven(run):
+                word = "lack_module" if not plan.find(name) else "lack_pass" if run else "lack_run"
+                found.append(WORDS[word][language].format(name=name))
+        if self.quiz_right < self.quiz_all:
+            left = self.quiz_all - self.quiz_right
+            found.append(WORDS["lack_quiz"][language].format(n=left, level=self.level))
+        if missing := [name for name, passed in self.exercises.items() if not passed]:
+            found.append(WORDS["lack_exercise"][language].format(names=", ".join(missing)))
+        return found
+
+
+@dataclass
+class Progress:
+    runs: dict[str, Run | None]  # every module of the registry and of the plan
+    levels: list[LevelProgress]
+
+
+def collect() -> Progress:
+    """Everything from the runs in `output/` and the state file."""
+    the_plan, kept = plan.load(), state.read()
+    names = [module.name for module in registry.MODULES]
+    planned = [name for level in the_plan.levels for name in the_plan.required(level.level)]
+    runs = {name: counted(name) if plan.find(name) else None for name in dict.fromkeys([*names, *planned])}
+    right = quiz.answered_right(kept["answers"])
+    passed = {name for name, result in kept["exercises"].items() if result["passed"]}
+    levels = []
+    for level in the_plan.levels:
+        asked = [item.id for item in items.load(level.level)]
+        levels.append(
+            LevelProgress(
+                level.level,
+                {name: runs[name] for name in the_plan.required(level.level)},
+                len(right.intersection(asked)),
+                len(asked),
+                {name: name in passed for name, at in exercises().items() if at == level.level},
+            )
+        )
+    return Progress(runs, levels)
+
+
+def report(progress: Progress, language: str) -> str:
+    """The days, the levels, and what to do next, as Markdown."""
+    the_plan = plan.load()
+    days = [(day.day, day.module) for day in the_plan.days]
+    extra = [(m.day, m.name) for m in registry.MODULES if m.name not in {name for _, name in days}]
+    rows = [
+        f"| {day} | `{name}` | {_run_cells(name, progress.runs[name], language)} |"
+        for day, name in sorted(days + extra)
+    ]
+    lines = [WORDS["title"][language], "", WORDS["days"][language], "| --- | --- | --- | --- | --- |", *rows]
+    lines += ["", WORDS["levels"][language], "| --- | --- | --- | --- | --- |"]
+    lines += [_level_row(level, language) for level in progress.levels]
+    if command := _next_command(progress):
+        lines += ["", WORDS["next"][language].format(command=command)]
+    return "\n".join(lines) + "\n"
+
+
+def _run_cells(name: str, run: Run | None, language: str) -> str:
+    if not plan.find(name):
+        return f"{WORDS['planned'][language]} | | "
+    if run is None:
+        return f"{WORDS['no_run'][language]} | | "
+    counts = "" if proven(run) else WORDS["not_passed"][language]
+    checks = f"{len(run.with_status('pass'))}/{len(run.checks)}"
+    return f"`{run.summary['run_id']}` | {run.summary['status']}{counts} | {checks}"
+
+
+def _level_row(level: LevelProgress, language: str) -> str:
+    n_runs = sum(proven(run) for run in level.runs.values())
+    n_exercises = sum(level.exercises.values())
+    result = (
+        WORDS["passed"][language]
+        if level.passed
+        else WORDS["lacks"][language].format(what="; ".join(level.lacks(language)))
+    )
+    return (
+        f"| {level.level} | {n_runs}/{len(level.runs)} | {level.quiz_right}/{level.quiz_all} "
+        f"| {n_exercises}/{len(level.exercises)} | {result} |"
+    )
+
+
+def _next_command(progress: Progress) -> str | None:
+    """The first thing that can be done for the first level that is not passed."""
+    for level in progress.levels:
+        for name, run in level.runs.items():
+            if plan.find(name) and not proven(run):
+                return f"python run.py --module {name} --toy"
+        if level.quiz_right < level.quiz_all:
+            return f"python scripts/quiz.py --level {level.level}"
+    return None
+
+
+def certified(progress: Progress) -> list[list[str]]:
+    """Level, module, run, checks and SHA-256 of the summary, for each run that a passed level rests on."""
+    rows = []
+    for level in progress.levels:
+        for name, run in level.runs.items() if level.passed else ():
+            assert run is not None
+            digest = hashlib.sha256((run.path / SUMMARY).read_bytes()).hexdigest()
+            checks = f"{len(run.with_status('pass'))}/{len(run.checks)}"
+            rows.append([str(level.level), name, run.summary["run_id"], checks, digest])
+    return rows
+
+
+def certificate(progress: Progress, language: str) -> str:
+    """The levels that are passed, with the hash of each run they rest on."""
+    titles = [level.title[language] for level in plan.load().levels]
+    lines = [WORDS["certificate"][language], "", WORDS["certified"][language].format(at=state.now()), ""]
+    lines += [f"- Level {level.level}: {titles[level.level - 1]}" for level in progress.levels if level.passed]
+    lines += ["", WORDS["certificate_head"][language], "| --- | --- | --- | --- | --- |"]
+    lines += [f"| {' | '.join(f'`{cell}`' for cell in row)} |" for row in certified(progress)]
+    return "\n".join([*lines, "", WORDS["verify"][language]]) + "\n"
+
+
+def picture(progress: Progress) -> bytes:
+    """The certificate as a PNG. Figures carry English text, since no font with Chinese characters is guaranteed."""
+    from llmcore_hf.curves import png, pyplot
+
+    rows = certified(progress)
+    figure, axis = pyplot().subplots(figsize=(10, 1.5 + 0.35 * len(rows)))
+    axis.axis("off")
+    passed = [level for level in plan.load().levels if progress.levels[level.level - 1].passed]
+    titles = "\n".join(f"Level {level.level}: {level.title['en']}" for level in passed)
+    axis.set_title(f"LLM-Core certificate\n{titles}", fontsize=13, pad=10)
+    head = ["level", "module", "run", "checks", "SHA-256 of summary.json"]
+    table = axis.table(
+        rows, colLabels=head, colWidths=[0.06, 0.15, 0.21, 0.08, 0.5], loc="upper center", cellLoc="left"
+    )
+    table.auto_set_font_size(False)
+    table.set_fontsize(7)
+    table.scale(1, 1.5)
+    figure.text(
+        0.5,
+        0.04,
+        f"Runs without a failure or warning, all quiz items, all exercises. {state.now()}",
+        ha="center",
+        fontsize=7,
+    )
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    return png(figure)
+
+
+def main(argv: list[str]) -> int:
+    """Show the progress, or write the certificate."""
+    parser = Parser("progress", "Days, runs, quiz, exercises, and what each level still lacks. Evidence only.")
+    parser.add_argument("--certificate", metavar="FILE", help="write a certificate of the levels passed (.md or .png)")
+    args = parser.parse_args(argv)
+    progress = collect()
+    if args.certificate:
+        file = Path(args.certificate)
+        if file.suffix not in (".md", ".png"):
+            raise ConfigError([f"--certificate {file}: the name has to end in .md or .png"])
+        if not any(level.passed for level in progress.levels):
+            raise UserError(WORDS["none"][args.lang])
+        write_atomically(file, picture(progress) if file.suffix == ".png" else certificate(progress, args.lang))
+        print(args.certificate)
+    else:
+        print(report(progress, args.lang), end="")
+    return 0

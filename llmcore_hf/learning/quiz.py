@@ -1,0 +1,187 @@
+"""The quiz in the terminal: it asks, grades, explains each choice, and keeps a history for spaced repetition.
+
+Spaced repetition: an item that was answered wrong comes back at once, and after the n-th right answer in a row since
+then once `INTERVALS[n - 1]` days have passed; after the last interval it is done (the boxes of Leitner, 1972).
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from llmcore_hf.errors import ConfigError
+from llmcore_hf.learning import items, plan, state
+from llmcore_hf.learning.items import LETTERS, LEVELS, Item, Unreadable
+from llmcore_hf.learning.texts import Parser
+
+INTERVALS = (1, 3, 7, 14)  # days
+CHOOSING = ("single", "multiple", "curve")
+WORDS = {
+    "single": {"zh": "单选，输入一个字母", "en": "one letter"},
+    "curve": {"zh": "读图，输入一个字母", "en": "read the curve, one letter"},
+    "multiple": {"zh": "多选，输入所有对的字母", "en": "all letters that are right"},
+    "numeric": {"zh": "输入一个数", "en": "a number"},
+    "ordering": {"zh": "排序，按先后输入字母", "en": "the letters in order"},
+    "short": {"zh": "用一两句话回答，按要点判分", "en": "a sentence or two; graded by the points it makes"},
+    "again": {"zh": "看不懂这个答案，请输入：{form}", "en": "I can't read that; expected: {form}"},
+    "right": {"zh": "对。", "en": "Right."},
+    "wrong": {"zh": "不对。答案：{answer}", "en": "Not right. The answer: {answer}"},
+    "unknown": {
+        "zh": "不知道，算没答对。答案：{answer}",
+        "en": "Passed, which counts as not right. The answer: {answer}",
+    },
+    "backing": {"zh": "依据：{backing}", "en": "Backed by: {backing}"},
+    "score": {"zh": "答对 {right}/{asked}。", "en": "{right} of {asked} right."},
+    "stopped": {"zh": "提前结束，还有 {left} 题没有问。", "en": "Stopped with {left} items to go."},
+    "help": {
+        "zh": "回车表示不知道，q 结束；答过的都已记下。",
+        "en": "Enter passes, q ends; what was answered is kept.",
+    },
+    "none_due": {"zh": "现在没有要复习的题。", "en": "Nothing is due for review now."},
+    "no_items": {"zh": "模块 {module} 还没有题目。", "en": "There are no items on {module} yet."},
+}
+
+
+def due(answers: list[dict[str, Any]], at: datetime) -> list[str]:
+    """Ids of the items to review at that time, those answered wrong most recently last."""
+    streaks: dict[str, tuple[int, datetime]] = {}  # right answers in a row since an item was wrong, and the last answer
+    for answer in answers:
+        when = datetime.fromisoformat(answer["at"])
+        if not answer["right"]:
+            streaks.pop(answer["item"], None)
+            streaks[answer["item"]] = 0, when
+        elif answer["item"] in streaks:
+            streaks[answer["item"]] = streaks[answer["item"]][0] + 1, when
+    return [
+        item
+        for item, (streak, last) in streaks.items()
+        if streak == 0 or (streak <= len(INTERVALS) and at - last >= timedelta(days=INTERVALS[streak - 1]))
+    ]
+
+
+def answered_right(answers: list[dict[str, Any]]) -> set[str]:
+    """Ids of the items that were answered right at least once."""
+    return {answer["item"] for answer in answers if answer["right"]}
+
+
+# ---------------------------------------------------------------- asking
+
+
+def ask(item: Item, language: str, shuffle: random.Random) -> bool | None:
+    """Ask one item and explain it. True, False, or None when the learner leaves."""
+    item = items.about_run(item)
+    shown = list(range(len(item.choices)))
+    shuffle.shuffle(shown)
+    if item.type == "ordering" and shown == sorted(shown):
+        shown.reverse()
+    print(f"\n[{item.level} · {item.module}] {item.ask[language]}")
+    if item.curve:
+        print(items.chart(item.curve), f"\n({item.curve['produced_by']})")
+    for letter, index in zip(LETTERS, shown, strict=False):
+        print(f"  {letter}. {item.choices[index].text[language]}")
+    verdict = None
+    while verdict is None:
+        typed = _typed(f"({WORDS[item.type][language]}) > ")
+        if typed is None or typed.lower() == "q":
+            return None
+        if not typed:
+            print(WORDS["unknown"][language].format(answer=items.solution(item, language)))
+            _explain(item, [], language)
+            return False
+        try:
+            verdict = items.grade(item, typed, language, shown)
+        except Unreadable as form:
+            print(WORDS["again"][language].format(form=form))
+    word = WORDS["right" if verdict.right else "wrong"][language]
+    print(word.format(answer=items.solution(item, language)))
+    _explain(item, verdict.notes, language)
+    return verdict.right
+
+
+def _explain(item: Item, notes: list[str], language: str) -> None:
+    for note in notes:
+        print(f"  {note}")
+    print(item.explain[language])
+    print(WORDS["backing"][language].format(backing=item.backing))
+
+
+def _typed(prompt: str) -> str | None:
+    """One line from the terminal; None at its end."""
+    print(prompt, end="", flush=True)
+    line = sys.stdin.readline()
+    if not sys.stdin.isatty():
+        print()
+    return line.strip() if line else None
+
+
+def session(chosen: list[Item], language: str, shuffle: random.Random) -> None:
+    """Ask the items one by one; each answer is kept at once."""
+    print(WORDS["help"][language])
+    right = asked = 0
+    for item in chosen:
+        result = ask(item, language, shuffle)
+        if result is None:
+            break
+        state.record_answer(item.id, result)
+        asked, right = asked + 1, right + result
+    print()
+    if asked < len(chosen):
+        print(WORDS["stopped"][language].format(left=len(chosen) - asked))
+    print(WORDS["score"][language].format(right=right, asked=asked))
+
+
+def main(argv: list[str]) -> int:
+    """Ask a level, a module, or what is due; or export the items."""
+    parser = Parser("quiz", "Questions with graded answers, and an explanation of every choice.")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--level", type=int, choices=LEVELS, help="ask the items of a level")
+    what.add_argument("--module", help="ask the items of a module")
+    what.add_argument("--review", action="store_true", help="ask again what was answered wrong and is due")
+    parser.add_argument(
+        "--count", type=int, metavar="N", help="ask N items at most, those not yet answered right first"
+    )
+    parser.add_argument("--seed", type=int, help="of the order of the choices")
+    parser.add_argument(
+        "--export", nargs="?", const="output/quizzes", metavar="DIR", help="write Markdown and an Anki deck instead"
+    )
+    args = parser.parse_args(argv)
+    if args.export is None and not (args.level or args.module or args.review):
+        raise ConfigError(["choose what to ask: --level N, --module NAME, --review; or --export"])
+    if args.count is not None and args.count < 1:
+        raise ConfigError([f"--count {args.count}: at least 1"])
+    if args.export is not None:
+        from llmcore_hf.learning.quiz_export import export
+
+        chosen = _chosen(args.level, args.module, language=args.lang) or items.all_items()
+        for path in export(chosen, Path(args.export), args.lang):
+            print(path)
+        return 0
+    answers = state.read()["answers"]
+    chosen = _due(answers) if args.review else _chosen(args.level, args.module, language=args.lang)
+    if not chosen:
+        print(WORDS["none_due"][args.lang] if args.review else WORDS["no_items"][args.lang].format(module=args.module))
+        return 0
+    if args.count:
+        known = answered_right(answers)
+        chosen = sorted(chosen, key=lambda item: item.id in known)[: args.count]
+    session(chosen, args.lang, random.Random(args.seed))
+    return 0
+
+
+def _due(answers: list[dict[str, Any]]) -> list[Item]:
+    by_id = {item.id: item for item in items.all_items()}
+    return [by_id[id] for id in due(answers, datetime.now(UTC)) if id in by_id]
+
+
+def _chosen(level: int | None, module: str | None, language: str) -> list[Item]:
+    if level:
+        return list(items.load(level))
+    if not module:
+        return []
+    found = [item for item in items.all_items() if item.module == module]
+    if not found:
+        plan.require(module)  # tells a misspelt name from a module without items
+    return found

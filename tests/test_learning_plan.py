@@ -1,0 +1,262 @@
+"""The plan of 14 days, the guides generated from it, cards, and progress."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from learning_runs import RUNS, WITH_BRIEF, place
+
+from llmcore_hf import cli, config, registry
+from llmcore_hf.learning import cards, items, plan, progress, state
+from llmcore_hf.learning.texts import LANGUAGES
+
+PAGES = [ROOT / name for name in plan.GUIDES.values()]
+PAGES += sorted((ROOT / "learning" / "quizzes").glob("*.md")) + sorted((ROOT / "learning" / "cards").glob("*.md"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(state.PLACE, str(tmp_path / "state.json"))
+    return tmp_path
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def test_there_are_14_days_and_five_levels_that_agree_with_the_registry() -> None:
+    assert [day.day for day in plan.load().days] == list(range(1, 15))
+    assert [level.level for level in plan.load().levels] == [1, 2, 3, 4, 5]
+    for day in plan.load().days:
+        if module := plan.find(day.module):
+            assert (module.day, module.level) == (day.day, day.level), day
+    for level in plan.load().levels:
+        for name in level.modules:
+            if module := plan.find(name):
+                assert module.level == level.level, name
+
+
+def test_the_commands_of_all_days_parse_and_missing_modules_are_said_to_be_missing() -> None:
+    for day in plan.load().days:
+        python, script, *argv = day.command.split()
+        assert (python, script) == ("python", "run.py")
+        request = config.read_request(argv)
+        assert (request.module, request.toy, request.options) == (day.module, True, [])
+        if module := plan.find(day.module):
+            assert config.resolve(module, request).toy
+        else:
+            assert cli.main(argv) == 2
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_guides_are_up_to_date(language: str) -> None:
+    """After a change of plan or registry: `python scripts/roadmap.py --update`."""
+    file = ROOT / plan.GUIDES[language]
+    assert file.read_text(encoding="utf-8") == plan.updated_guide(file, language)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_day_whose_module_is_missing_is_not_shown_as_working(language: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "MODULES", tuple(m for m in registry.MODULES if m.name != "dpo"))
+    rows = {
+        line.split("|")[1].strip(): line for line in plan.days_table(language).splitlines() if line.startswith("| ")
+    }
+    assert "recipes/" not in rows["6"] and {"zh": "尚未加入", "en": "not there yet"}[language] in rows["6"]
+    assert "[" in rows["5"] and "recipes/sft/" in rows["5"]
+
+
+def test_the_guides_are_twins() -> None:
+    texts = [(ROOT / plan.GUIDES[language]).read_text(encoding="utf-8") for language in LANGUAGES]
+    commands = [re.findall(r"python run\.py --module \w+ --toy", text) for text in texts]
+    assert commands[0] == commands[1] and len(commands[0]) >= 14
+    assert texts[0].count("- [ ]") == texts[1].count("- [ ]") == 10
+    assert [len(re.findall(r"^#+ ", text, re.M)) for text in texts] == [10, 10]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_link_is_dead(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        if not link.startswith("http"):
+            assert (page.parent / link).exists(), link
+
+
+def test_every_script_of_the_guides_exists() -> None:
+    for page in PAGES:
+        for script in re.findall(r"python (scripts/\w+\.py)", page.read_text(encoding="utf-8")):
+            assert (ROOT / script).is_file(), (page, script)
+
+
+def test_markers_that_were_lost_are_named(folder: Path, capsys: Any) -> None:
+    (folder / "LEARNING_GUIDE.md").write_text("# no markers")
+    assert cli.main(["roadmap", "--update"]) == 1
+    assert "LEARNING_GUIDE.md" in (said := capsys.readouterr().err) and "daily:begin" in said
+    assert (folder / "LEARNING_GUIDE.md").read_text() == "# no markers"
+
+
+@pytest.mark.parametrize("command", ["roadmap", "progress", "cards --module dpo"])
+def test_commands_import_nothing_heavy_and_answer_at_once(command: str, folder: Path) -> None:
+    place("dpo", folder)
+    code = (
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from llmcore_hf import cli;"
+        f"code = cli.main({command.split()!r});"
+        "print(code, sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)), time.process_time(), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=60)
+    said, seconds = done.stderr.rsplit(" ", 1)
+    assert said == "0 []", done.stderr
+    assert float(seconds) < 0.5
+
+
+# ---------------------------------------------------------------- cards
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("module", WITH_BRIEF)
+def test_the_cards_of_the_repository_are_fresh(module: str, language: str, folder: Path) -> None:
+    """After a change of a brief: delete the card and run `python scripts/cards.py --update` where there is no output/."""
+    name = cards.card_name(module, language)
+    text = cards.updated(cards.fresh(module, language), module, None, language, name)
+    assert (ROOT / "learning" / "cards" / name).read_text(encoding="utf-8") == text
+    assert "{{" not in text
+
+
+def test_an_update_fills_in_the_evidence_and_leaves_the_rest_alone(folder: Path) -> None:
+    place("dpo", folder)
+    assert cli.main(["cards", "--update"]) == 0
+    made = {path.name for path in (folder / "learning" / "cards").iterdir()}
+    assert made == {cards.card_name(module, language) for module in WITH_BRIEF for language in LANGUAGES}
+    card = folder / "learning" / "cards" / "dpo.md"
+    text = card.read_text(encoding="utf-8")
+    assert "从 50.0% 升到 100.0%" in text and "| `dpo.step0_loss_is_ln2` | pass |" in text
+    mine = text.replace("## 我的笔记", "## 我的笔记\n\n面试被问过 β。").replace("## 一句话", "## 一句话（改写）")
+    card.write_text(mine, encoding="utf-8")
+    place("dpo_sigmoid", folder)
+    assert cli.main(["cards", "--update", "--module", "dpo"]) == 0
+    after = card.read_text(encoding="utf-8")
+    assert "面试被问过 β。" in after and "## 一句话（改写）" in after
+    assert "status **failed**" in (folder / "learning" / "cards" / "dpo.en.md").read_text(encoding="utf-8")
+    assert "没有成功" in after and "从 50.0% 升到 100.0%" not in after
+    outside = [re.sub(r"<!-- (\w+):begin -->.*?<!-- \1:end -->", "", t, flags=re.S) for t in (mine, after)]
+    assert outside[0] == outside[1]
+
+
+def test_a_card_without_its_markers_is_left_alone(folder: Path, capsys: Any) -> None:
+    assert cli.main(["cards", "--update", "--module", "gae"]) == 0
+    card = folder / "learning" / "cards" / "gae.md"
+    mine = card.read_text(encoding="utf-8").replace("<!-- evidence:end -->", "")
+    card.write_text(mine, encoding="utf-8")
+    place("gae", folder)
+    capsys.readouterr()
+    assert cli.main(["cards", "--update", "--module", "gae"]) == 1
+    assert "evidence:end" in capsys.readouterr().err and card.read_text(encoding="utf-8") == mine
+    assert "Not run yet" in (folder / "learning" / "cards" / "gae.en.md").read_text(encoding="utf-8")
+
+
+def test_without_an_order_cards_says_what_to_do(folder: Path, capsys: Any) -> None:
+    assert cli.main(["cards"]) == 1
+    assert "--update" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- progress
+
+
+def answer_all(level: int) -> None:
+    for item in items.load(level):
+        state.record_answer(item.id, True)
+
+
+def passed(folder: Path) -> list[int]:
+    return [level.level for level in progress.collect().levels if level.passed]
+
+
+def test_a_level_needs_runs_and_every_quiz_item(folder: Path) -> None:
+    assert passed(folder) == []
+    place("mdp", folder)
+    place("td_learning", folder)
+    assert passed(folder) == []
+    answer_all(1)
+    assert passed(folder) == [1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s.update(status="failed"),
+        lambda s: s.update(status="interrupted"),
+        lambda s: s["checks"][0].update(status="fail"),
+        lambda s: s["checks"][-1].update(status="warn"),
+        lambda s: s.update(checks=[]),
+    ],
+)
+def test_a_run_that_failed_does_not_count(folder: Path, change: Any, capsys: Any) -> None:
+    answer_all(1)
+    place("td_learning", folder)
+    place("mdp", folder, change)
+    assert passed(folder) == []
+    assert cli.main(["progress"]) == 0
+    out = capsys.readouterr().out
+    assert "（不算）" in out and "`mdp` 的一次没有失败和警告的运行" in out and "--module mdp --toy" in out
+
+
+def test_a_later_experiment_that_fails_takes_nothing_away(folder: Path) -> None:
+    for name in ("sft", "dpo", "dpo_sigmoid"):
+        place(name, folder)
+    answer_all(3)
+    assert passed(folder) == [3]
+
+
+def test_missing_modules_are_said_to_be_missing(folder: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "MODULES", tuple(m for m in registry.MODULES if m.name != "bcq"))
+    assert cli.main(["progress", "--lang", "en"]) == 0
+    out = capsys.readouterr().out
+    assert "| 11 | `bcq` | module not there yet |" in out and "`bcq` (module not there yet)" in out
+
+
+def test_exercises_count_once_they_exist(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place("mdp", folder)
+    place("td_learning", folder)
+    answer_all(1)
+    monkeypatch.setattr(progress, "exercises", lambda: {"value_iteration": 1, "gae": 2})
+    assert passed(folder) == []
+    level = progress.collect().levels[0]
+    assert level.lacks("en") == ["exercises value_iteration"]
+    state.record_exercise("value_iteration", True)
+    assert passed(folder) == [1]
+
+
+def test_the_certificate_names_runs_by_their_hash(folder: Path, capsys: Any) -> None:
+    assert cli.main(["progress", "--certificate", "c.md"]) == 1
+    assert "不能发证书" in capsys.readouterr().err and not (folder / "c.md").exists()
+    places = [place(name, folder) for name in ("mdp", "td_learning")]
+    answer_all(1)
+    assert cli.main(["progress", "--certificate", "c.md"]) == 0
+    text = (folder / "c.md").read_text(encoding="utf-8")
+    for run in places:
+        assert hashlib.sha256((run / "summary.json").read_bytes()).hexdigest() in text
+    assert "Level 1" in text and "Level 2" not in text
+    assert cli.main(["progress", "--certificate", "c.png"]) == 0
+    assert (folder / "c.png").read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["progress", "--certificate", "c.pdf"]) == 2
+
+
+def test_a_damaged_state_file_is_reported_by_the_command(folder: Path, capsys: Any) -> None:
+    (folder / "state.json").write_text("{")
+    assert cli.main(["progress"]) == 0
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_a_damaged_run_is_named(folder: Path, capsys: Any) -> None:
+    (place("mdp", folder) / "summary.json").write_text("{")
+    assert cli.main(["progress"]) == 1
+    assert "summary.json is damaged" in capsys.readouterr().err
+
+
+def test_recorded_runs_cover_every_module_with_a_brief() -> None:
+    assert set(WITH_BRIEF) <= {path.name for path in RUNS.iterdir()}
