@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -47,12 +48,16 @@ def wait_for_ever() -> None:
 
 
 def workers_below(pid: int) -> list[psutil.Process]:
-    """The forked workers: descendants that were forked by the server and not the server itself or the tracker."""
-    return [p for p in psutil.Process(pid).children(recursive=True) if p.parent() and p.parent().pid != pid]
+    """The workers: children of the server that forks them, which is itself a child of `pid`. What has just ended is left out."""
+    found = []
+    for server in psutil.Process(pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += server.children()
+    return found
 
 
 def no_worker_lives() -> bool:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         if not workers_below(os.getpid()):
             return True
@@ -77,7 +82,7 @@ def test_a_killed_worker_ends_the_others_within_seconds() -> None:
     start = time.monotonic()
     with pytest.raises(WorkerFailed, match=r"worker 1 of 2 .*SIGKILL"):
         workers.launch(die_in_rank_1, 2)
-    assert time.monotonic() - start < 30 and no_worker_lives()
+    assert time.monotonic() - start < 60 and no_worker_lives()
 
 
 def test_workers_that_hang_are_stopped() -> None:
@@ -105,14 +110,14 @@ def test_workers_end_with_the_process_that_started_them(tmp_path, number: signal
     process = subprocess.Popen(
         [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 150
     while len(found := workers_below(process.pid)) < 2:
         assert time.monotonic() < deadline and process.poll() is None, "the workers did not start"
         time.sleep(0.1)
     time.sleep(1)
     process.send_signal(number)
     process.wait(timeout=30)
-    _, alive = psutil.wait_procs(found, timeout=10)
+    _, alive = psutil.wait_procs(found, timeout=30)
     for orphan in alive:
         orphan.kill()
     assert not alive
