@@ -114,6 +114,31 @@ MODULES = (
     ),
     Module("cql", 10, 4, "离线强化学习：保守 Q 学习 CQL", "Offline RL: conservative Q-learning"),
     Module("bcq", 11, 4, "离线强化学习：批约束 Q 学习 BCQ", "Offline RL: batch-constrained Q-learning"),
+    Module(
+        "megatron",
+        14,
+        5,
+        "模型并行：TP、SP、PP、DP 与 3D",
+        "Model parallelism: tensor, sequence, pipeline, data, 3D",
+        "llmcore_hf.systems.megatron",
+    ),
+    Module(
+        "deepspeed",
+        14,
+        5,
+        "ZeRO：DeepSpeed 0 到 3 与 FSDP2",
+        "ZeRO: DeepSpeed 0 to 3 and FSDP2",
+        "llmcore_hf.systems.deepspeed",
+        extra="deepspeed",
+    ),
+    Module(
+        "elastic",
+        14,
+        5,
+        "容错训练：杀掉进程，接着训练",
+        "Fault tolerance: a worker is killed, the job goes on",
+        "llmcore_hf.systems.elastic",
+    ),
 )
 
 

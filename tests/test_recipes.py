@@ -79,7 +79,7 @@ def test_a_toy_recipe_resolves(recipe: Path) -> None:
     assert resolved.toy and set(document(recipe)) == {n for n in resolved.values if "toy.yaml" in resolved.sources[n]}
 
 
-@pytest.mark.parametrize("recipe", [r for r in TOYS if registry.get(r.parent.name).code], ids=str)
+@pytest.mark.parametrize("recipe", [r for r in TOYS if registry.get(r.parent.name).trains_on], ids=str)
 def test_a_toy_recipe_needs_nothing_from_elsewhere(recipe: Path) -> None:
     from llmcore_hf.data.toy import TOY_DATASETS
     from llmcore_hf.models.tiny import TINY_MODELS
