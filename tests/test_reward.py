@@ -15,6 +15,7 @@ import torch
 from data_files import assistant, user
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from learning_runs import check_brief
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from llmcore_hf import cli, config, registry
@@ -528,6 +529,8 @@ def test_a_saved_model_scores_as_the_run_did_wherever_it_is_loaded(monkeypatch, 
     assert summary["eval"]["after"]["accuracy"] >= (0.9 if how == "full" else 0.85)
     assert summary["eval"]["after"]["log_loss"] < 0.2
     assert summary["peak_rss_mb"] < 2000
+    if how == "full":
+        check_brief("reward", tmp_path / "run")
 
     run = str(tmp_path / "run")
     tokenizer = AutoTokenizer.from_pretrained(run)
