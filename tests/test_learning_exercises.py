@@ -87,6 +87,17 @@ def test_a_folder_holds_the_same_in_both_languages(name: str) -> None:
         assert "`task.py`" in page
 
 
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_page_lists_them_all(language: str) -> None:
+    page = "README.md" if language == "zh" else f"README.{language}.md"
+    text = (ROOT / "learning" / "exercises" / page).read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if re.match(r"\| \d", line)]
+    assert rows == [
+        f"| {found.level} | [{found.title[language]}]({name}/{page}) | `{name}` | `{found.module}` |"
+        for name, found in ALL.items()
+    ]
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_every_property_of_the_checker_is_described(name: str) -> None:
     public = [key for key, value in vars(checker(name)).items() if getattr(value, "__module__", "") == f"check_{name}"]
