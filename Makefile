@@ -17,7 +17,7 @@ STAMPS := $(VENV)/.stamps
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast lint format seeds bench bench-rl torture clean
+.PHONY: help demo test test-fast lint format seeds bench bench-rl bench-ppo torture clean
 
 help:  ## list the targets
 	@echo "make <target>, where target is one of"
@@ -51,6 +51,9 @@ bench: $(STAMPS)/base  ## compare with plain TRL: training time and losses, and 
 
 bench-rl: $(STAMPS)/base  ## compare the RL lessons with quantecon, torchrl and d3rlpy
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(PY) benchmarks/rl.py
+
+bench-ppo: $(STAMPS)/base  ## compare PPOTrainer with TRL 1.12's: speed, reward, memory
+	$(PY) benchmarks/ppo.py
 
 torture: $(STAMPS)/base  ## kill runs at random moments, resume them, compare with uninterrupted ones
 	$(PY) benchmarks/kill_resume.py
