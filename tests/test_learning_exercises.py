@@ -50,9 +50,8 @@ def checker(name: str) -> ModuleType:
 
 def graded(name: str, code: str) -> dict[str, grading.Row]:
     """Property -> what the checker says about this code, in this process."""
-    module = ModuleType("learner")
-    module.__file__ = f"{name}.py"
-    exec(compile(code, f"{name}.py", "exec"), module.__dict__)
+    Path("mine.py").write_text(code, encoding="utf-8")
+    module = grading.load(Path("mine.py").resolve(), "learner")
     return {row["id"]: row for row in grading.grade(list(ALL[name].properties), checker(name), module)}
 
 
@@ -240,6 +239,10 @@ def gae(rewards, values, next_values, terminated, done, gamma, lam):
         ("def gea(**more): pass", ["还没有写：there is no function `gae` in it"]),
         ("def gae(**more):\n    return 1 / 0", ["ZeroDivisionError", "（第 2 行：return 1 / 0）"]),
         ("def gae(**more):\n    return None", ["得到  None"]),
+        (
+            "def gae(values, **more):\n    return values.long().softmax(0)",
+            ["✗ truncation_bootstraps", "NotImplementedError: "],
+        ),
         ("def gae(rewards, **more):\n    return rewards.add_(1)", ["`rewards` was changed in place"]),
     ],
 )

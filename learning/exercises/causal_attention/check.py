@@ -6,14 +6,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from llmcore_hf.learning.grading import equal, true
 
 
-def _case(n_queries=4, n_keys=4, size=8, batch=2, seed=0, scale=1.0):
+def _case(n_queries=4, n_keys=4, size=4, batch=1, seed=0, scale=1.0):
     generator = torch.Generator().manual_seed(seed)
     lengths = {"query": n_queries, "key": n_keys, "value": n_keys}
     return {name: scale * torch.randn(batch, 2, n, size, generator=generator) for name, n in lengths.items()}
 
 
 def agrees_with_torch(task):
-    for n, size in ((1, 4), (4, 8), (7, 2)):
+    for n, size in ((4, 4), (1, 8), (7, 2)):
         case = _case(n, n, size)
         equal(task.causal_attention(**case), scaled_dot_product_attention(**case, is_causal=True), **case)
 
@@ -27,7 +27,7 @@ def future_changes_nothing(task):
 
 
 def first_token_sees_itself(task):
-    case = _case(3, 3, 4, 1)
+    case = _case(3, 3)
     equal(task.causal_attention(**case)[:, :, 0], case["value"][:, :, 0], **case)
 
 
@@ -53,7 +53,7 @@ def decodes_with_a_cache(task):
 
 
 def large_scores_stay_finite(task):
-    case = _case(3, 3, 4, 1, scale=60.0)
+    case = _case(3, 3, scale=60.0)
     found = task.causal_attention(**case)
     true(bool(torch.isfinite(found).all()), "finite outputs", found, **case)
     equal(found, scaled_dot_product_attention(**case, is_causal=True), 1e-3, **case)
