@@ -255,6 +255,13 @@ def test_whatever_the_file_does_there_is_one_message(code: str, said: list[str],
     assert state.read()["exercises"]["gae"]["passed"] is False
 
 
+def test_a_file_may_define_what_it_likes_and_nothing_is_left_beside_it(folder: Path) -> None:
+    code = "from __future__ import annotations\nfrom dataclasses import dataclass\n\n@dataclass\nclass Own:\n    x: int\n\n"
+    rows = graded("zero_memory", code + solution("zero_memory").split('"""', 2)[2])
+    assert {row["status"] for row in rows.values()} == {"pass"}
+    assert [path.name for path in folder.iterdir()] == ["mine.py"]
+
+
 @pytest.mark.slow
 def test_a_file_named_like_a_library_takes_no_ones_place(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
