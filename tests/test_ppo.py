@@ -332,6 +332,57 @@ def test_adapters_of_policy_and_critic_load_with_peft(tmp_path: Path, share: boo
         assert torch.allclose(policy(**inputs).logits, model.policy(**inputs).logits, atol=1e-5)
 
 
+def test_what_cannot_be_known_is_not_logged(tmp_path: Path) -> None:
+    """A function that has nothing to say about a whole rollout; a critic where no return differs; a single ratio."""
+
+    def silent(completions, **kwargs):
+        return [None] * len(completions)
+
+    def same(completions, log_metric, **kwargs):
+        log_metric("mine", len(completions) / 2)
+        return [2.0] * len(completions)
+
+    prompts = Dataset.from_dict({"prompt": ["t1", "t2", "t3", "t4"]})
+    sizes = {"per_device_train_batch_size": 4, "max_completion_length": 1, "num_ppo_epochs": 2, "max_steps": 4}
+    args = config(tmp_path, logging_steps=1, truncated_completions="score", kl_coef=0.0, **sizes)
+    trainer = PPOTrainer(policy(0), [silent, same], args, prompts, processing_class=tokenizer())
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "objective/scores" in row]
+    assert len(rows) == 2
+    for row in rows:
+        assert row["rewards/same/mean"] == row["mine"] == 2.0
+        assert not {"rewards/silent/mean", "val/explained_variance", "val/ratio_var"} & row.keys()
+    assert not any(math.isnan(value) for row in trainer.state.log_history for value in row.values())
+
+
+def test_the_variance_of_the_ratio_is_between_optimizer_steps(tmp_path: Path) -> None:
+    """TRL's `val/ratio_var`, here of the mean ratio of each mini-batch, its micro-batches put together."""
+
+    def length(completion_ids, **kwargs):
+        return [float(len(ids)) for ids in completion_ids]
+
+    prompts = Dataset.from_dict({"prompt": [f"t{i}" for i in range(8)]})
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_mini_batches": 2, "max_steps": 8}
+    found = []
+    for logging_steps in (1, 8):
+        args = config(
+            tmp_path,
+            logging_steps=logging_steps,
+            max_completion_length=3,
+            num_ppo_epochs=4,
+            learning_rate=1e-2,
+            **sizes,
+        )
+        trainer = PPOTrainer(policy(0), length, args, prompts, processing_class=tokenizer())
+        torch.manual_seed(0)
+        trainer.train()
+        found.append([row for row in trainer.state.log_history if "val/ratio" in row])
+    ratios = torch.tensor([row["val/ratio"] for row in found[0]])
+    assert len(ratios) == 8 and len(found[1]) == 1 and ratios.var() > 0
+    assert found[1][0]["val/ratio"] == pytest.approx(float(ratios.mean()), rel=1e-5)
+    assert found[1][0]["val/ratio_var"] == pytest.approx(float(ratios.var()), rel=1e-4)
+
+
 @slow
 def test_a_target_kl_stops_the_updates_of_a_rollout(tmp_path: Path) -> None:
     trainer = small_trainer(tmp_path, kl_target=None, target_kl=1e-9, max_steps=4, save_strategy="no", logging_steps=1)

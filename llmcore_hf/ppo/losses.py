@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmcore_hf.ppo.advantages import Reduce, masked_mean
+
 
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cliprange: float) -> tuple[Tensor, Tensor]:
     """Clipped surrogate objective, negated, and where the clipped term is the one that counts.
@@ -43,11 +45,14 @@ def approx_kl(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     return 0.5 * (logprobs - old_logprobs) ** 2
 
 
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, reduce: Reduce | None = None) -> Tensor:
     """1 - Var(R - V) / Var(R) over the tokens under the mask: 1 a perfect critic, 0 one no better than the mean.
 
-    NaN when the returns do not vary.
+    With `reduce`, over the tokens of all processes. NaN when the returns do not vary.
     """
-    valid = mask > 0
-    left, total = (returns - values)[valid].var(correction=0), returns[valid].var(correction=0)
+    left, total = (_variance(x, mask, reduce) for x in (returns - values, returns))
     return torch.where(total > 0, 1 - left / total, torch.nan)
+
+
+def _variance(values: Tensor, mask: Tensor, reduce: Reduce | None) -> Tensor:
+    return masked_mean((values - masked_mean(values, mask, reduce)) ** 2, mask, reduce)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -25,7 +27,6 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainerControl,
-    set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
 from trl import is_conversational
@@ -112,7 +113,7 @@ class PPOTrainer(Trainer):
         ref_model: PreTrainedModel | None = None,
     ) -> None:
         args = args or PPOConfig("trainer_output")
-        set_seed(args.seed)  # adapters draw their weights before the Trainer seeds
+        set_seed(args.seed)  # the same in all processes: adapters draw their weights before the Trainer seeds
         for name, dataset in _datasets(train_dataset, eval_dataset):
             _check_columns(name, dataset)
         if hasattr(model, "peft_config"):
@@ -147,6 +148,7 @@ class PPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        set_seed(args.seed, device_specific=True)  # or all processes would draw the same tokens
         self.loss_is_scaled_for_ga = True  # `compute_loss` divides by the tokens of the whole mini-batch
         if self.ref_model is not None:
             self.ref_model = self._prepare_frozen(self.ref_model)
@@ -165,6 +167,7 @@ class PPOTrainer(Trainer):
         self._rollout_means: dict[str, list[float]] = defaultdict(list)
         self._step_parts: dict[str, list[Tensor]] = defaultdict(list)
         self._step_kl: list[Tensor] = []  # of the micro-batches since the last look at `target_kl`
+        self._reported: dict[str, list[float]] = defaultdict(list)  # numbers that reward functions logged
         self._extra: dict[str, list[Any]] = {}  # columns of the table that reward functions added
         self._table: tuple[Batch, Tensor, list[float]] | None = None  # of the last rollout
         self._episodes = self._episodes_before = 0  # completions trained on: in all, and before this process began
@@ -338,7 +341,7 @@ class PPOTrainer(Trainer):
                 **{f"rewards/{s.name}/mean": column for s, column in zip(self.scorers, scores.T, strict=True)},
             },
             entropy=masked_mean(entropies, mask, self._sum),
-            explained_variance=losses.explained_variance(values, returns, mask),
+            explained_variance=losses.explained_variance(values, returns, mask, self._sum),
         )
         if args.whiten_advantages:
             advantages = whiten(advantages, mask, reduce=self._sum)
@@ -386,7 +389,7 @@ class PPOTrainer(Trainer):
         return torch.stack(columns, dim=1).to(self.accelerator.device)
 
     def _log_metric(self, name: str, value: float) -> None:
-        self._rollout_means[name].append(value)
+        self._reported[name].append(value)
 
     def _total(self, scores: Tensor, batch: Batch) -> Tensor:
         weights = torch.tensor([scorer.weight for scorer in self.scorers], device=scores.device)
@@ -437,38 +440,45 @@ class PPOTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Mean reward of greedy and of sampled answers to held-out prompts; draws from a generator of its own."""
+        """Mean reward of greedy and of sampled answers to held-out prompts; draws from a generator of its own.
+
+        Processes share the rows. All answer as many: those with a row less answer the first one again, without counting it,
+        because the layers of a sharded model are gathered by all together.
+        """
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         if isinstance(dataset, dict):
             parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
             return {key: value for part in parts for key, value in part.items()}
         began = time.perf_counter()
-        rows = list(dataset)[self.args.process_index :: self.args.world_size]
+        everything = list(dataset)
+        rows = everything[self.args.process_index :: self.args.world_size]
+        filler = everything[:1] if len(rows) < math.ceil(len(everything) / self.args.world_size) else []
         metrics: dict[str, float] = {}
         devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(self.args.seed + self.args.process_index)
             for prefix, config in (("", self.greedy), ("sampled_", self.sampling)):
-                metrics |= {f"{metric_key_prefix}_{prefix}{k}": v for k, v in self._measure(rows, config).items()}
+                metrics |= {
+                    f"{metric_key_prefix}_{prefix}{k}": v for k, v in self._measure(rows, filler, config).items()
+                }
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - began
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     @torch.no_grad()
-    def _measure(self, rows: list[dict[str, Any]], config: GenerationConfig) -> dict[str, float]:
+    def _measure(
+        self, rows: list[dict[str, Any]], filler: list[dict[str, Any]], config: GenerationConfig
+    ) -> dict[str, float]:
         self.model.eval()
         names = ["reward", *(f"rewards/{scorer.name}" for scorer in self.scorers)]
         names += ["completions/mean_length", "completions/eos_rate"]
-        sums = torch.zeros(len(names), 2, device=self.accelerator.device)  # of values, and how many
-        if rows:
-            batch, _ = self.complete(rows, config, "the evaluation")
-            scores = self.score(batch)
-            lengths = torch.tensor([len(ids) for ids in batch.completion_ids], device=scores.device)
-            ended = torch.tensor([ids[-1] in config.eos_token_id for ids in batch.completion_ids], device=scores.device)
-            columns = [self._total(scores, batch), *scores.T, lengths.float(), ended.float()]
-            sums = torch.stack([torch.stack([c.nansum(), (~c.isnan()).sum()]) for c in columns])
-        totals, counts = self._sum(sums).T
+        batch, _ = self.complete(rows + filler, config, "the evaluation")
+        scores = self.score(batch)
+        lengths = torch.tensor([len(ids) for ids in batch.completion_ids], device=scores.device)
+        ended = torch.tensor([ids[-1] in config.eos_token_id for ids in batch.completion_ids], device=scores.device)
+        columns = torch.stack([self._total(scores, batch), *scores.T, lengths.float(), ended.float()])[:, : len(rows)]
+        totals, counts = self._sum(torch.stack([columns.nansum(1), (~columns.isnan()).sum(1)]))
         return {name: float(a / n) for name, a, n in zip(names, totals.tolist(), counts.tolist(), strict=True) if n}
 
     # ------------------------------------------------------------ logging
@@ -478,10 +488,7 @@ class PPOTrainer(Trainer):
         return self.accelerator.reduce(tensor, reduction="sum") if self.args.world_size > 1 else tensor
 
     def _log_rollout(self, per_completion: dict[str, Tensor], entropy: Tensor, explained_variance: Tensor) -> None:
-        """Means of (B,) numbers over the completions of all processes, under TRL's names; then adapt the KL coefficient.
-
-        The explained variance is that of this process's completions.
-        """
+        """Means of (B,) numbers over the completions of all processes, under TRL's names; then adapt the KL coefficient."""
         stacked = torch.stack(list(per_completion.values()))  # (names, B)
         sums = self._sum(torch.stack([stacked.nansum(1), (~stacked.isnan()).sum(1)]))
         means = dict(zip(per_completion, (sums[0] / sums[1]).tolist(), strict=True))
@@ -491,10 +498,21 @@ class PPOTrainer(Trainer):
         means["val/num_eos_tokens"] = means["completions/eos_rate"] * n
         means["val/explained_variance"] = float(explained_variance)
         means["objective/kl_coef"] = self.kl_controller.value
-        for name, value in means.items():
-            self._rollout_means[name].append(value)
+        for name, value in {**means, **self._take_reported()}.items():
+            if not math.isnan(value):  # no function had a word to say, or no return differed
+                self._rollout_means[name].append(value)
         if "objective/kl" in means:
             self.kl_controller.update(means["objective/kl"], n)
+
+    def _take_reported(self) -> dict[str, float]:
+        """Means over all processes of what reward functions logged; not every process need have logged every name."""
+        rows = {}
+        for name in sorted(set(gather_object(list(self._reported)))):
+            values = self._reported.pop(name, [])
+            pair = torch.tensor([sum(values), len(values)], dtype=torch.float32, device=self.accelerator.device)
+            total, count = self._sum(pair).tolist()
+            rows[name] = total / count
+        return rows
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the averages since the last row, and in training the speed, to what the Trainer logs."""
@@ -508,17 +526,19 @@ class PPOTrainer(Trainer):
 
     def _take_averages(self) -> dict[str, float]:
         rows = {name: sum(values) / len(values) for name, values in self._rollout_means.items()}
-        rows |= {name: self._average_of_steps(name, torch.stack(parts)) for name, parts in self._step_parts.items()}
+        for name, collected in self._step_parts.items():
+            parts = torch.stack(collected)
+            if name == "val/first_ratio_off":
+                rows[name] = float(self.accelerator.gather(parts.max().reshape(1)).max())
+                continue
+            # (S,) means over the mini-batch of each optimizer step, whose parts are micro-batches and processes
+            means = self._sum(parts.view(-1, self.args.gradient_accumulation_steps).sum(1))
+            rows[name] = float(means.mean())
+            if name == "val/ratio" and len(means) > 1:
+                rows["val/ratio_var"] = float(means.var())
         self._rollout_means.clear()
         self._step_parts.clear()
         return rows
-
-    def _average_of_steps(self, name: str, parts: Tensor) -> float:
-        """Parts of means over mini-batches are summed over micro-batches and processes; the ratio's is a maximum."""
-        if name == "val/first_ratio_off":
-            return float(self.accelerator.gather(parts.max().reshape(1)).max())
-        steps = len(parts) / self.args.gradient_accumulation_steps
-        return float(self._sum(parts.sum()) / steps)
 
     def _print_table(self, batch: Batch, scores: Tensor, advantages: list[float]) -> None:
         rewards = {s.name: column.tolist() for s, column in zip(self.scorers, scores.T, strict=True)}
