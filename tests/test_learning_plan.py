@@ -19,6 +19,7 @@ from llmcore_hf.learning.texts import LANGUAGES
 
 PAGES = [ROOT / name for name in plan.GUIDES.values()]
 PAGES += sorted((ROOT / "learning" / "quizzes").glob("*.md")) + sorted((ROOT / "learning" / "cards").glob("*.md"))
+PAGES += sorted((ROOT / "learning").glob("*.md")) + sorted((ROOT / "learning" / "bugzoo").glob("*.md"))
 
 
 @pytest.fixture
