@@ -335,8 +335,11 @@ def overview(language: str) -> str:
 
 
 def next_seed() -> int:
-    """The number of cases answered so far."""
-    return sum(answer["item"].startswith(ANSWER) for answer in state.read()["answers"])
+    """The first case that is not open yet, from the number of cases answered so far."""
+    seed = sum(answer["item"].startswith(ANSWER) for answer in state.read()["answers"])
+    while (ROOT / str(seed) / OPEN).is_dir():
+        seed += 1
+    return seed
 
 
 def ask(case: Case, language: str) -> None:

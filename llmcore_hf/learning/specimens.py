@@ -24,10 +24,11 @@ def make(module: str, seed: int, folder: Path, bug: str | None = None) -> Run:
     argv = ["--module", module, "--toy", *options, "--seed", str(seed), "--output_dir", str(folder)]
     row = registry.get(module)
     with BREAKAGES[bug].applied() if bug else contextlib.nullcontext():
-        code = run_dir.execute(row, config.resolve(row, config.read_request(argv)), argv)
-    if code == 130:
+        run_dir.execute(row, config.resolve(row, config.read_request(argv)), argv)
+    run = evidence.read(folder, module)
+    if run.summary["status"] == "interrupted":
         raise KeyboardInterrupt
-    return evidence.read(folder, module)
+    return run
 
 
 def main(argv: list[str]) -> int:
