@@ -17,7 +17,7 @@ STAMPS := $(VENV)/.stamps
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast lint format seeds bench bench-rl torture bugzoo clean
+.PHONY: help demo test test-fast lint format seeds bench bench-rl bench-ppo torture bugzoo clean
 
 help:  ## list the targets
 	@echo "make <target>, where target is one of"
@@ -51,6 +51,9 @@ bench: $(STAMPS)/base  ## compare with plain TRL: training time and losses, and 
 
 bench-rl: $(STAMPS)/base  ## compare the RL lessons with quantecon, torchrl and d3rlpy
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(PY) benchmarks/rl.py
+
+bench-ppo: $(STAMPS)/base  ## compare PPOTrainer with TRL 1.12's: speed, reward, memory
+	$(PY) benchmarks/ppo.py
 
 bugzoo: $(STAMPS)/base  ## run every bug of the bug zoo and see that its marks tell it from a healthy run
 	$(PY) benchmarks/bugzoo.py --seeds $(SEEDS)

@@ -4,8 +4,7 @@ Importing this package imports nothing heavy: torch and the trainers load when a
 `llmcore_hf.PPOTrainer` or `llmcore_hf.PPOConfig`.
 """
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # type checkers take it for true; importing it from `typing` would cost more than this file
 if TYPE_CHECKING:
     from llmcore_hf.ppo import PPOConfig, PPOTrainer
 
@@ -13,9 +12,10 @@ __all__ = ["PPOConfig", "PPOTrainer", "__version__"]
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in ("PPOConfig", "PPOTrainer"):
         from llmcore_hf import ppo
 
-        return getattr(ppo, name)
+        value: object = getattr(ppo, name)
+        return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

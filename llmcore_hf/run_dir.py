@@ -369,14 +369,18 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def is_metric(name: str) -> bool:
+    """Whether a value of a log row says something about the method; the others are bookkeeping."""
+    base = name.removeprefix("eval_")
+    return base not in NOT_METRICS and not base.endswith(("_per_second", "runtime", "_time"))
+
+
 def summarize(history: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Per metric of the log history: first, last, best value and the step of the best."""
     series: dict[str, list[tuple[int, float]]] = {}
     for row in history:
         for name, value in row.items():
-            base = name.removeprefix("eval_")
-            skip = base in NOT_METRICS or base.endswith(("_per_second", "runtime", "_time"))
-            if not skip and isinstance(value, int | float):
+            if is_metric(name) and isinstance(value, int | float):
                 series.setdefault(name, []).append((row["step"], value))
     return {name: _first_last_best(points, _direction(name)) for name, points in series.items()}
 

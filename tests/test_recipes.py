@@ -25,12 +25,12 @@ ACCELERATE = sorted(p.name for p in resources.path("accelerate_configs").glob("*
 
 
 @pytest.fixture(autouse=True)
-def without_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(resources.path("recipes").parent)  # recipes name files from the root of the checkout
 
 
 def full_path(recipe: Path) -> Path:
@@ -53,7 +53,7 @@ def test_every_module_has_its_toy_recipe_and_every_recipe_its_module() -> None:
     assert {recipe.parent.name for recipe in RECIPES} == modules
 
 
-@pytest.mark.parametrize("module", ["sft", "dpo"])
+@pytest.mark.parametrize("module", ["sft", "dpo", "reward", "ppo", "grpo"])
 def test_there_are_recipes_for_a_real_checkpoint_full_lora_and_qlora(module: str) -> None:
     names = {recipe.name for recipe in REAL if recipe.parent.name == module}
     assert {f"qwen2.5-0.5b-instruct-{how}.yaml" for how in ("full", "lora", "qlora")} <= names
@@ -83,9 +83,11 @@ def test_a_toy_recipe_needs_nothing_from_elsewhere(recipe: Path) -> None:
     from llmcore_hf.data.toy import TOY_DATASETS
     from llmcore_hf.models.tiny import TINY_MODELS
 
-    values = document(recipe)
-    assert values["model_name_or_path"] in TINY_MODELS and values["dataset_name"] in TOY_DATASETS
-    assert 0 < values["max_steps"] <= 500
+    values, stages = document(recipe), registry.get(recipe.parent.name).stages
+    assert values["model_name_or_path"] in TINY_MODELS
+    for part in [values[stage] for stage in stages] or [values]:
+        assert part["dataset_name"] in TOY_DATASETS
+        assert 0 < part["max_steps"] <= 500
 
 
 @pytest.mark.parametrize("recipe", TOY_VARIANTS, ids=str)
@@ -93,7 +95,8 @@ def test_a_variant_of_a_toy_recipe_resolves_by_itself(recipe: Path) -> None:
     request = config.read_request(["--config", str(full_path(recipe))])
     resolved = config.resolve(registry.get(str(request.module)), request)
     assert resolved.module == recipe.parent.name and resolved.toy
-    assert resolved.values["use_peft"] is True and resolved.values["dataset_name"].startswith("toy-")
+    assert resolved.values["use_peft"] is ("lora" in recipe.stem)
+    assert resolved.values["dataset_name"].startswith("toy-")
 
 
 @pytest.mark.parametrize("recipe", [r for r in REAL if r not in QLORA], ids=str)
@@ -120,8 +123,9 @@ def test_a_qlora_recipe_without_quantization_resolves_anywhere(recipe: Path) -> 
 def test_a_recipe_does_what_its_name_says(recipe: Path) -> None:
     values = document(recipe)
     how = recipe.stem.rpartition("-")[2]
-    assert values.get("use_peft", False) is (how in ("lora", "qlora"))
-    assert values.get("load_in_4bit", False) is (how == "qlora")
+    for part in [values[stage] for stage in registry.get(recipe.parent.name).stages] or [values]:
+        assert part.get("use_peft", False) is (how in ("lora", "qlora"))
+        assert part.get("load_in_4bit", False) is (how == "qlora")
     assert values["model_name_or_path"] == "Qwen/Qwen2.5-0.5B-Instruct"
 
 

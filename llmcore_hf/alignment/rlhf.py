@@ -21,7 +21,8 @@ from llmcore_hf.config import Config, RunArguments, resolve_mapping
 from llmcore_hf.curves import HELD_OUT, REJECTED, TRAIN, Line, Panel, draw
 from llmcore_hf.durability import Interrupted, last_complete
 from llmcore_hf.errors import ConfigError, UserError
-from llmcore_hf.run_dir import Diverged, RunDirectory, carry_out
+from llmcore_hf.models.tiny import TINY_MODELS
+from llmcore_hf.run_dir import Diverged, RunDirectory, carry_out, is_metric
 
 STAGES = ("sft", "reward", "ppo")
 # The gold reward may end this far below the best it has been, before it counts as over-optimization.
@@ -33,7 +34,12 @@ class RLHFArguments(RunArguments):
     """A model, and the options of each stage under the names that its module has for them."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Where the first stage starts: a local folder, a hub id, a tiny checkpoint."}
+        default=None,
+        metadata={
+            "help": "Where the first stage starts: a local folder, a hub id, or a tiny checkpoint: "
+            + ", ".join(TINY_MODELS)
+            + "."
+        },
     )
     sft: dict = field(default_factory=dict, metadata={"help": "Options of the stage `sft`, as in --module sft."})
     reward: dict = field(default_factory=dict, metadata={"help": "Options of the stage `reward`."})
@@ -100,7 +106,7 @@ def run(config: Config, run_dir: RunDirectory) -> None:
     rows = merged_history(run_dir.path)
     run_dir.history = rows
     run_dir.write("log_history.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    run_dir.summary["model"] = summaries["ppo"]["model"]
+    run_dir.summary["model"] = summaries["ppo"]["model"] | {"name_or_path": config.values["model_name_or_path"]}
     run_dir.summary["eval"] = merged_eval(summaries)
     run_dir.summary["samples"] = [
         {"stage": stage, **sample} for stage in STAGES for sample in summaries[stage]["samples"]
@@ -186,14 +192,15 @@ def _say(text: str) -> None:
 
 
 def merged_history(path: Path) -> list[dict[str, Any]]:
-    """Log rows of all stages, one after the other; the steps go on, and each name begins with its stage."""
+    """What all stages logged about their methods; the steps go on, and each name begins with its stage."""
     rows, offset = [], 0
     for stage in STAGES:
         lines = (path / stage / "log_history.jsonl").read_text(encoding="utf-8").splitlines()
         found = [json.loads(line) for line in lines]
         for row in found:
-            named = {f"{stage}/{name}": value for name, value in row.items() if name != "step"}
-            rows.append({"step": offset + row["step"], **named})
+            named = {f"{stage}/{name}": value for name, value in row.items() if is_metric(name)}
+            if named:
+                rows.append({"step": offset + row["step"], **named})
         offset += max(row["step"] for row in found)
     return rows
 
