@@ -65,6 +65,17 @@ def campaign(seeds: list[int], bugs: list[str]) -> tuple[dict[str, Any], bool]:
     return record, good
 
 
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Both records: runs of a bug that is still made in the same way are kept, unless they were repeated."""
+    record = {}
+    for bug in BREAKAGES:
+        entries = [side[bug] for side in (old, new) if side.get(bug, {}).get("recipe") == recipe_of(bug)]
+        if entries:
+            runs = {seed: run for entry in entries for seed, run in entry["runs"].items()}
+            record[bug] = {"recipe": recipe_of(bug), "runs": dict(sorted(runs.items(), key=lambda item: int(item[0])))}
+    return record
+
+
 def table(record: dict[str, Any]) -> str:
     """One row per mark: ranges over the seeds."""
     lines = ["| bug | mark | healthy | broken | checks that noticed | CPU s |", "|---|---|---|---|---|---|"]
@@ -93,8 +104,7 @@ def main() -> int:
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # before torch is imported
     _quiet_defaults()
     found, good = campaign(args.seeds, args.bugs)
-    record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
-    record = {bug: {**record, **found}[bug] for bug in BREAKAGES if bug in {**record, **found}}
+    record = merged(json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}, found)
     RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     seeds = sorted({seed for entry in record.values() for seed in entry["runs"]}, key=int)
     tables.replace("bugzoo", f"Seeds {', '.join(seeds)}; measured on {tables.machine()}.\n\n{table(record)}")
