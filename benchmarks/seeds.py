@@ -34,6 +34,16 @@ def held_out_preference(e: dict[str, Any]) -> bool:
     )
 
 
+def sees(e: dict[str, Any]) -> bool:
+    """Answers questions about held-out images, and not without looking."""
+    blind = max(e["after"][f"vqa_accuracy/{how}"] for how in ("shuffled", "blank"))
+    return e["after"]["vqa_accuracy"] >= max(0.7, blind + 0.4)
+
+
+SEES = "accuracy on held-out questions at least 0.7, and at least 0.4 above the blind baselines"
+SIGHT = ("vqa_accuracy", "vqa_accuracy/shuffled", "hard/vqa_accuracy")
+
+
 def ordered_pairs(least: float) -> Any:
     return lambda e: e["after"]["accuracy"] >= least and e["after"]["log_loss"] < e["before"]["log_loss"]
 
@@ -54,6 +64,17 @@ CAMPAIGN = {
         held_out_preference,
         "preference accuracy from about 0.5 to at least 0.9, chosen behaviour up by at least 0.30, chosen not less likely",
     ),
+    "llava": (SIGHT, sees, SEES),
+    "flamingo": (
+        (*SIGHT, "shots/0", "shots/1", "shots/2", "shots/4"),
+        lambda e: sees(e) and max(e["after"][f"shots/{n}"] for n in (1, 2, 4)) > e["after"]["shots/0"] + 0.15,
+        f"{SEES}; the best number of examples above none by more than 0.15 (the interval is a check of the run)",
+    ),
+    "blip2": (
+        (*SIGHT, "stage1/itm_accuracy", "frozen_lm/vqa_accuracy"),
+        lambda e: sees(e) and e["after"]["stage1/itm_accuracy"] >= 0.7,
+        f"{SEES}; matching pairs and hard negatives told apart in at least 0.7",
+    ),
     "reward": (SCORES, ordered_pairs(0.9), "held-out accuracy at least 0.9, log loss lower than before"),
     "recipes/reward/toy-lora.yaml": (SCORES, ordered_pairs(0.85), "held-out accuracy at least 0.85, log loss lower"),
     "ppo": (ANSWERS, rewarded("reward"), RIGHT),
@@ -66,7 +87,12 @@ CAMPAIGN = {
         f"{RIGHT}, measured by a gold reward that is not trained on",
     ),
 }
-SECONDS = {"rlhf": 120}  # three stages; `MAX_SECONDS` for the others
+SECONDS = {
+    "rlhf": 120,
+    "llava": 90,
+    "blip2": 90,
+    "flamingo": 90,
+}  # several stages, images; `MAX_SECONDS` for the others
 
 # lesson -> the check whose observed values are shown
 LESSONS = {

@@ -350,3 +350,22 @@ def test_generation_in_stretches_is_that_of_one_call(monkeypatch: pytest.MonkeyP
     assert rollout.generate(model, prompts, greedy, 4, "cpu") == whole
     assert len({len(tokens) for tokens in whole}) > 1, "completions of different lengths"
     assert model.generation_config is not greedy
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_looking_at_the_reference_before_training_freezes_nothing(tmp_path: Path, share: bool) -> None:
+    """PEFT freezes the critic's adapter when it turns the policy's on again; the optimizer must get it all the same."""
+    trainer = small_trainer(tmp_path, lora(), share_backbone=share)
+    with trainer.model.policy.disable_adapter():
+        pass
+    trainer.train()
+    moved = {name: bool(p.abs().sum() > 0) for name, p in trainer.model.named_parameters() if "lora_B" in name}
+    critic = [value for name, value in moved.items() if ".value." in name or name.startswith("value_model")]
+    assert critic and all(critic) and all(moved.values())
+
+
+def test_without_a_reference_the_kl_is_unknown_and_not_0(tmp_path: Path) -> None:
+    trainer = small_trainer(tmp_path, kl_coef=0.0, kl_target=None)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "objective/scores" in row]
+    assert rows and not any("objective/kl" in row or "objective/kl_k3" in row for row in rows)

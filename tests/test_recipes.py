@@ -20,6 +20,7 @@ RECIPES = sorted(
 TOYS = [p for p in RECIPES if p.name == "toy.yaml"]
 TOY_VARIANTS = [p for p in RECIPES if p.name.startswith("toy-")]
 REAL = [p for p in RECIPES if p not in TOYS + TOY_VARIANTS]
+CHECKPOINTS = {"llava": "llava-hf/llava-1.5-7b-hf", "blip2": "Salesforce/blip2-opt-2.7b"}
 QLORA = [p for p in REAL if "qlora" in p.stem]
 ACCELERATE = sorted(p.name for p in resources.path("accelerate_configs").glob("*.yaml"))
 
@@ -78,13 +79,14 @@ def test_a_toy_recipe_resolves(recipe: Path) -> None:
     assert resolved.toy and set(document(recipe)) == {n for n in resolved.values if "toy.yaml" in resolved.sources[n]}
 
 
-@pytest.mark.parametrize("recipe", [r for r in TOYS if registry.get(r.parent.name).code], ids=str)
+@pytest.mark.parametrize("recipe", [r for r in TOYS if registry.get(r.parent.name).trains_on], ids=str)
 def test_a_toy_recipe_needs_nothing_from_elsewhere(recipe: Path) -> None:
     from llmcore_hf.data.toy import TOY_DATASETS
     from llmcore_hf.models.tiny import TINY_MODELS
+    from llmcore_hf.vlm.tiny import TINY_VLMS
 
     values, stages = document(recipe), registry.get(recipe.parent.name).stages
-    assert values["model_name_or_path"] in TINY_MODELS
+    assert values["model_name_or_path"] in [*TINY_MODELS, *TINY_VLMS]
     for part in [values[stage] for stage in stages] or [values]:
         assert part["dataset_name"] in TOY_DATASETS
         assert 0 < part["max_steps"] <= 500
@@ -126,7 +128,7 @@ def test_a_recipe_does_what_its_name_says(recipe: Path) -> None:
     for part in [values[stage] for stage in registry.get(recipe.parent.name).stages] or [values]:
         assert part.get("use_peft", False) is (how in ("lora", "qlora"))
         assert part.get("load_in_4bit", False) is (how == "qlora")
-    assert values["model_name_or_path"] == "Qwen/Qwen2.5-0.5B-Instruct"
+    assert values["model_name_or_path"] == CHECKPOINTS.get(recipe.parent.name, "Qwen/Qwen2.5-0.5B-Instruct")
 
 
 @pytest.mark.parametrize("recipe", REAL, ids=str)

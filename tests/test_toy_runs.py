@@ -470,6 +470,6 @@ def test_two_processes_equal_one_at_the_same_global_batch(two_processes, monkeyp
     assert two["eval"]["after"]["perplexity"] == pytest.approx(one["eval"]["after"]["perplexity"], rel=1e-3)
 
 
-@pytest.mark.parametrize("module", ["sft", "dpo"])
+@pytest.mark.parametrize("module", ["sft", "dpo", "reward", "ppo", "grpo", "rlhf"])
 def test_the_brief_of_a_toy_run_says_what_was_measured(toy_run, module: str) -> None:
     check_brief(module, toy_run(module)[1] / "output" / module / "latest")

@@ -21,6 +21,7 @@ from llmcore_hf.config import Config, RunArguments
 from llmcore_hf.curves import HELD_OUT, REJECTED, TRAIN, Line, Panel, draw
 from llmcore_hf.data.loading import DataArguments, Splits
 from llmcore_hf.ppo import PPOConfig, PPOTrainer
+from llmcore_hf.ppo.rewards import Scorer
 from llmcore_hf.run_dir import RunDirectory
 
 as_trained, prompt_limit_of = online.as_trained, online.prompt_limit_of
@@ -74,7 +75,7 @@ def run(config: Config, run_dir: RunDirectory) -> None:
     run_dir.checks += training_checks(run_dir.history, args)
     run_dir.summary["samples"] = online.samples(held_out, before, after)
     training.write_model_card(run_dir, trainer, job, splits)
-    run_dir.write("training_curves.png", draw_curves(run_dir, job, splits))
+    run_dir.write("training_curves.png", draw_curves(run_dir, job, splits, trainer.scorers))
 
 
 def make_trainer(
@@ -140,13 +141,14 @@ def training_checks(history: list[dict[str, Any]], args: PPOConfig) -> list[Chec
     ]
 
 
-def draw_curves(run_dir: RunDirectory, job: Job, splits: Splits) -> bytes:
+def draw_curves(run_dir: RunDirectory, job: Job, splits: Splits, scorers: list[Scorer]) -> bytes:
     return draw(
         f"PPO: {Path(job.name).name} on {Path(splits.source).name}",
         run_dir.history,
         [
-            online.reward_panel(
+            *online.reward_panels(
                 "objective/scores",
+                scorers,
                 Line("eval_sampled_reward", "held-out (validation), sampled", REJECTED, "o"),
                 Line("eval_reward", "held-out (validation), greedy", HELD_OUT, "o"),
             ),

@@ -216,6 +216,11 @@ class PPOTrainer(Trainer):
         self._began, self._episodes_before = time.perf_counter(), self._episodes
         return super().train(resume_from_checkpoint=found or None, **kwargs)
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's optimizer over all that is trained, also when the model was used before `train`."""
+        self.model.mark_trainable()
+        return super().create_optimizer(*args, **kwargs)
+
     # ------------------------------------------------------------ one optimizer step
 
     def training_step(self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Any = None) -> Tensor:
@@ -311,7 +316,10 @@ class PPOTrainer(Trainer):
         adjusted, bootstrap = self._at_the_end(score, ended, values.gather(1, mask.sum(1, keepdim=True)).squeeze(1))
         values = values[:, :-1] * mask
 
+        measured: dict[str, Tensor] = {}
         kl = kl_k1(logprobs, ref_logprobs) * mask
+        if self.kl_controller.value:  # without a reference the KL is not known
+            measured = {"objective/kl": kl.sum(1), "objective/kl_k3": (kl_k3(logprobs, ref_logprobs) * mask).sum(1)}
         rewards = token_rewards(adjusted, kl, self.kl_controller.value, mask)
         if args.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False, reduce=self._sum)
@@ -320,8 +328,7 @@ class PPOTrainer(Trainer):
         penalty = self.kl_controller.value * kl.sum(1)
         self._log_rollout(
             {
-                "objective/kl": kl.sum(1),
-                "objective/kl_k3": (kl_k3(logprobs, ref_logprobs) * mask).sum(1),
+                **measured,
                 "objective/entropy": -logprobs.sum(1),
                 "objective/non_score_reward": -penalty,
                 "objective/rlhf_reward": adjusted - penalty,
@@ -486,7 +493,8 @@ class PPOTrainer(Trainer):
         means["objective/kl_coef"] = self.kl_controller.value
         for name, value in means.items():
             self._rollout_means[name].append(value)
-        self.kl_controller.update(means["objective/kl"], n)
+        if "objective/kl" in means:
+            self.kl_controller.update(means["objective/kl"], n)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the averages since the last row, and in training the speed, to what the Trainer logs."""
