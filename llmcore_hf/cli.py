@@ -23,7 +23,7 @@ usage: {prog} --module NAME --toy                 run a lesson's offline recipe
        {prog} launch --accelerate_config NAME [...]   a module in several processes; `launch --help` shows more
        {prog} data inspect FILE                    what a dataset is, what is wrong with it, what carries loss
        {prog} env                                 versions and hardware, for a bug report
-       {prog} roadmap | brief | export | quiz | exercise | cards | progress   the course, see LEARNING_GUIDE.md
+       {prog} roadmap | brief | export | quiz | exercise | cards | cheatsheet | bugzoo | progress   the course, see LEARNING_GUIDE.md
 
 Values come in layers: defaults < recipes/NAME/toy.yaml (with --toy) < --config FILE < command line.
 A run leaves its evidence in output/NAME/<run_id>/, and output/NAME/latest points to the newest.
@@ -38,6 +38,8 @@ COURSE = {
     "quiz": "llmcore_hf.learning.quiz",
     "exercise": "llmcore_hf.learning.exercise",
     "cards": "llmcore_hf.learning.cards",
+    "cheatsheet": "llmcore_hf.learning.cheatsheet",
+    "bugzoo": "llmcore_hf.learning.bugzoo",
     "progress": "llmcore_hf.learning.progress",
 }
 

@@ -18,8 +18,11 @@ from llmcore_hf.learning import cards, items, plan, progress, state
 from llmcore_hf.learning.texts import LANGUAGES
 
 PAGES = [ROOT / name for name in plan.GUIDES.values()]
+PAGES += sorted((ROOT / "learning").glob("*.md"))
 PAGES += [
-    page for name in ("quizzes", "cards", "exercises") for page in sorted((ROOT / "learning" / name).glob("*.md"))
+    page
+    for name in ("quizzes", "cards", "exercises", "bugzoo")
+    for page in sorted((ROOT / "learning" / name).glob("*.md"))
 ]
 
 
