@@ -13,6 +13,7 @@ from ppo_toys import V, config, lora, policy, small_trainer, tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, GenerationConfig
 
+from llmcore_hf.models import tiny
 from llmcore_hf.ppo import PPOConfig, PPOTrainer, advantages, losses, rewards, rollout
 from llmcore_hf.ppo.sampler import RolloutSampler
 
@@ -420,3 +421,19 @@ def test_without_a_reference_the_kl_is_unknown_and_not_0(tmp_path: Path) -> None
     trainer.train()
     rows = [row for row in trainer.state.log_history if "objective/scores" in row]
     assert rows and not any("objective/kl" in row or "objective/kl_k3" in row for row in rows)
+
+
+def test_in_half_precision_the_first_ratio_is_still_1(tmp_path: Path) -> None:
+    trainer = small_trainer(tmp_path, bf16=True)
+    trainer.train()
+    off = [row["val/first_ratio_off"] for row in trainer.state.log_history if "val/first_ratio_off" in row]
+    assert off and max(off) < 1e-3
+
+
+def test_a_reward_model_must_have_one_label() -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    for labels in (2, 3):
+        model = AutoModelForSequenceClassification.from_pretrained(str(tiny.ensure("tiny-qwen")), num_labels=labels)
+        with pytest.raises(ValueError, match=f"has {labels} labels: it must be a classifier with one"):
+            rewards.make_scorers(model, None)

@@ -109,7 +109,7 @@ def reward_functions(config: Config, splits: Splits) -> tuple[list[Any], list[An
     path = loading.resolve_name(args.reward_model_name_or_path)
     try:
         model, tokenizer = load_reward_model(path), AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:  # the last: it has another number of labels
         reason = " ".join(str(error).split())
         raise UserError(f"--reward_model_name_or_path {path} cannot be loaded: {reason}") from error
     return [model, *functions], [tokenizer, *([None] * len(functions))]

@@ -27,7 +27,7 @@ from llmcore_hf.run_dir import RunDirectory
 as_trained, prompt_limit_of = online.as_trained, online.prompt_limit_of
 # Of few short answers the explained variance is a noisy estimate around 0; the toy's seeds average between 0 and 0.1.
 WORSE_THAN_CONSTANT = -0.1
-# The rollout and the first step compute the same ratio by the same code.
+# The rollout and the first step compute the same ratio by the same code; DDP may cast half-precision outputs in between.
 RATIO_TOLERANCE = {"float32": 1e-3, "half": 0.1}
 
 
@@ -105,7 +105,7 @@ def training_checks(history: list[dict[str, Any]], args: PPOConfig) -> list[Chec
     rows = [row for row in history if "val/ratio" in row]
     off = max((row["val/first_ratio_off"] for row in rows if "val/first_ratio_off" in row), default=None)
     tolerance = RATIO_TOLERANCE["half" if args.bf16 or args.fp16 else "float32"]
-    variances = [row["val/explained_variance"] for row in rows if "val/explained_variance" in row]
+    variances = [v for row in rows if (v := row.get("val/explained_variance")) is not None]  # None: no return differed
     explained = sum(variances) / len(variances) if variances else None
     clipped = max((row["policy/clipfrac_avg"] for row in rows), default=None)
     return [

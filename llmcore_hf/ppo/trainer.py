@@ -88,7 +88,7 @@ class PPOTrainer(Trainer):
             adapter on the same base weights, and the reference is the base itself.
         value_model: critic, a token classifier with one label, or its id or path. When not given, it starts as a copy of
             the policy's backbone with a head of zeros.
-        ref_model: reference of the KL penalty. When not given, the policy as it is at the start.
+        ref_model: reference of the KL penalty, or its id or path. When not given, the policy as it is at the start.
 
     Source: Schulman et al. (2017) for the method, Ziegler et al. (2019) and Ouyang et al. (2022) for language models.
     """
@@ -110,7 +110,7 @@ class PPOTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: PeftConfig | None = None,
         value_model: str | PreTrainedModel | None = None,
-        ref_model: PreTrainedModel | None = None,
+        ref_model: str | PreTrainedModel | None = None,
     ) -> None:
         args = args or PPOConfig("trainer_output")
         set_seed(args.seed)  # the same in all processes: adapters draw their weights before the Trainer seeds
@@ -365,7 +365,7 @@ class PPOTrainer(Trainer):
             ]
         else:
             prompt_ids = tokenizer(prompts)["input_ids"]
-        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
+        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model, self.accelerator.autocast():
             size = self.args.local_rollout_forward_batch_size
             completion_ids = generate(model.policy, prompt_ids, config, size, self.accelerator.device)
         texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
@@ -411,7 +411,7 @@ class PPOTrainer(Trainer):
         logprobs, entropies, ref_logprobs = (torch.zeros(n, t, device=device) for _ in range(3))
         values = torch.zeros(n, t + 1, device=device)
         model = self.accelerator.unwrap_model(self.model_wrapped)
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():  # in the precision of the update, or the first ratio is not 1
             for rows in sequences.by_length(torch.arange(n, device=device), self.args.local_rollout_forward_batch_size):
                 inputs, own = sequences.select(rows)
                 mask = sequences.mask[rows, :own]
@@ -613,6 +613,8 @@ def _reference(model: Any, ref_model: Any, peft_config: Any, args: PPOConfig) ->
     """A frozen model, or None where it is not needed or is the policy's base itself."""
     if args.kl_coef == 0 or (ref_model is None and peft_config is not None):
         return None
+    if isinstance(ref_model, str):
+        ref_model = create_model_from_path(ref_model, trust_remote_code=args.trust_remote_code)
     return (ref_model if ref_model is not None else copy.deepcopy(model)).eval().requires_grad_(False)
 
 
