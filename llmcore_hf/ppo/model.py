@@ -248,7 +248,7 @@ def completion_logprobs(
         )
         .logits[:, -n_completion - 1 : -1]
         .float()
-    )  # (B, T, V); in half precision the two functions below differ by 3 %
+    )  # (B, T, V); in half precision the two functions below differ
     tokens = input_ids[:, -n_completion:]
     if with_entropy:
         return selective_log_softmax_and_entropy(logits, tokens, temperature=temperature)
