@@ -303,7 +303,7 @@ def test_a_run_may_be_named_and_the_brief_saved(folder: Path, capsys: pytest.Cap
         (["--module", "dpo"], 1, "python run.py --module dpo --toy"),
         (["--module", "dpo", "--lang", "en"], 1, "there is no run of dpo"),
         (["--module", "dqo"], 2, "Did you mean `dpo`?"),
-        (["--module", "flamingo"], 1, "planned, but not there yet"),
+        (["--module", "vlm"], 1, "planned, but not there yet"),
         (["--module", "dpo", "--run", "nowhere"], 1, "holds no summary.json"),
         (["--module", "sft", "--run", str(RUNS / "dpo")], 1, "is a run of `dpo`, not of `sft`"),
         ([], 2, "--module"),
