@@ -238,17 +238,15 @@ def completion_logprobs(
     The vocabulary is projected for the completion's positions alone where the model can (`logits_to_keep`).
     """
     more = {"logits_to_keep": n_completion + 1} if keeps_logits else {}
-    logits = (
-        model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids(attention_mask),
-            use_cache=False,
-            **more,
-        )
-        .logits[:, -n_completion - 1 : -1]
-        .float()
-    )  # (B, T, V); in half precision the two functions below differ
+    logits = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids(attention_mask),
+        use_cache=False,
+        **more,
+    ).logits[:, -n_completion - 1 : -1]  # (B, T, V)
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()  # in half precision the two functions below differ
     tokens = input_ids[:, -n_completion:]
     if with_entropy:
         return selective_log_softmax_and_entropy(logits, tokens, temperature=temperature)
