@@ -3,7 +3,7 @@
 The numbers come from TRL's own statements: the parts of `PPOTrainer.train` that turn log-probabilities, values and scores into
 advantages, and a micro-batch into its loss, are cut out of the installed source by their first and last lines and run on the
 tensors. Nothing of them is written down again here. TRL 1.12, the last release line with that trainer, goes into
-`build/trl-1.12`, which nothing else uses.
+`build/trl`, which the benchmarks of PPO alone use.
 
     python benchmarks/record_trl_ppo.py
 """
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-PEER, VERSION = ROOT / "build" / "trl-1.12", "1.12.0"
+PEER, VERSION = ROOT / "build" / "trl", "1.12.0"
 FIXTURE = ROOT / "tests" / "trl_ppo_1_12.json"
 SOURCE = PEER / "trl" / "experimental" / "ppo" / "ppo_trainer.py"
 # name -> (first, last) line of a part of `PPOTrainer.train`, by how they begin

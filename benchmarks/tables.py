@@ -12,12 +12,29 @@ README = Path(__file__).with_name("README.md")
 def replace(name: str, table: str) -> None:
     """Raises `ValueError` when the README has no markers of that name."""
     text = README.read_text(encoding="utf-8")
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-    if not pattern.search(text):
-        raise ValueError(f"{README} has no markers for `{name}`")
-    README.write_text(pattern.sub(lambda _: f"{begin}\n{table}\n{end}", text), encoding="utf-8")
+    current(name)
+    README.write_text(_between(name).sub(lambda _: f"{_begin(name)}\n{table}\n{_end(name)}", text), encoding="utf-8")
     print(table)
+
+
+def current(name: str) -> str:
+    """What stands between the markers now. Raises `ValueError` when the README has no markers of that name."""
+    found = _between(name).search(README.read_text(encoding="utf-8"))
+    if not found:
+        raise ValueError(f"{README} has no markers for `{name}`")
+    return found[1].strip("\n")
+
+
+def _between(name: str) -> re.Pattern[str]:
+    return re.compile(re.escape(_begin(name)) + "(.*?)" + re.escape(_end(name)), re.DOTALL)
+
+
+def _begin(name: str) -> str:
+    return f"<!-- {name}: begin -->"
+
+
+def _end(name: str) -> str:
+    return f"<!-- {name}: end -->"
 
 
 def machine() -> str:

@@ -20,13 +20,14 @@ usage: {prog} --module NAME --toy                 run a lesson's offline recipe
        {prog} --module NAME [--config FILE] [options]   train on your own model and data
        {prog} --module NAME --help                the options of a module, with defaults
        {prog} --list                              all modules
+       {prog} launch --accelerate_config NAME [...]   a module in several processes; `launch --help` shows more
        {prog} data inspect FILE                    what a dataset is, what is wrong with it, what carries loss
        {prog} env                                 versions and hardware, for a bug report
-       {prog} roadmap | brief | export | quiz | cards | progress      the course, see LEARNING_GUIDE.md
+       {prog} roadmap | brief | export | quiz | exercise | cards | cheatsheet | bugzoo | progress   the course, see LEARNING_GUIDE.md
 
 Values come in layers: defaults < recipes/NAME/toy.yaml (with --toy) < --config FILE < command line.
 A run leaves its evidence in output/NAME/<run_id>/, and output/NAME/latest points to the newest.
-Several processes: accelerate launch --config_file accelerate_configs/cpu_2.yaml run.py --module NAME --toy
+Several processes: {prog} launch --accelerate_config cpu_2 --module NAME --toy, or `accelerate launch` with run.py
 """
 
 # Commands of the course: they read what runs left behind and import nothing heavy.
@@ -35,7 +36,10 @@ COURSE = {
     "brief": "llmcore_hf.learning.brief",
     "export": "llmcore_hf.learning.export",
     "quiz": "llmcore_hf.learning.quiz",
+    "exercise": "llmcore_hf.learning.exercise",
     "cards": "llmcore_hf.learning.cards",
+    "cheatsheet": "llmcore_hf.learning.cheatsheet",
+    "bugzoo": "llmcore_hf.learning.bugzoo",
     "progress": "llmcore_hf.learning.progress",
 }
 
@@ -90,6 +94,10 @@ def _dispatch(argv: list[str]) -> int:
 
         _quiet_defaults()
         return data_command(argv[1:], program())
+    if argv[:1] == ["launch"]:
+        from llmcore_hf.launch import main as launch
+
+        return launch(argv[1:], program())
     if argv and argv[0] in COURSE:
         return int(import_module(COURSE[argv[0]]).main(argv[1:]))
     if "--version" in argv:

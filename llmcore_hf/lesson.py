@@ -21,7 +21,7 @@ from llmcore_hf.errors import ConfigError
 if TYPE_CHECKING:
     from llmcore_hf.run_dir import RunDirectory
 
-__all__ = ["Lesson", "LessonArguments", "environment_problems", "load", "main", "png", "pyplot"]
+__all__ = ["Lesson", "LessonArguments", "environment_problems", "launch_problems", "load", "main", "png", "pyplot"]
 
 
 @dataclass
@@ -79,6 +79,13 @@ def environment_problems(env_id: str, *, tabular: bool = False, time_limit: bool
     return [f"--env_id {env_id}: {text}" for text, is_wrong in wrong.items() if is_wrong][:1]
 
 
+def launch_problems(module: str) -> list[str]:
+    """Why a lesson cannot run under this launcher: at most one sentence."""
+    if distributed.world_size() > 1:
+        return [f"`{module}` runs in one process: start it with `python`, not with a launcher"]
+    return []
+
+
 class Lesson:
     """A lesson's file, seen as the code of a module (`registry.Module`)."""
 
@@ -93,9 +100,7 @@ class Lesson:
         return {}
 
     def check(self, config: Config) -> list[str]:
-        if distributed.world_size() > 1:
-            return [f"`{config.module}` runs in one process: start it with `python`, not with a launcher"]
-        return []
+        return launch_problems(config.module)
 
     def run(self, config: Config, run_dir: RunDirectory) -> None:
         """Run the lesson in one thread: small tensors gain nothing from more and lose much when the cores are busy.

@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ HIGHER_IS_BETTER = {
     "accuracy": True,
     "margin": True,
     "rewards/accuracies": True,
+    "vqa_accuracy": True,
     "rewards/margins": True,
     "return": True,
     "reward": True,
@@ -111,6 +112,20 @@ class RunDirectory:
         if not distributed.is_main_process():
             return
         write_atomically(self.path / name, content)
+
+    @contextlib.contextmanager
+    def folder(self, name: str) -> Iterator[Path]:
+        """A temporary folder to be filled by the main process; it replaces the folder `name` of the run, whole or not at all."""
+        self.check_exists()
+        scratch, final = self.path / f".{name}", self.path / name
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        try:
+            yield scratch
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(scratch, final)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one row to `log_history.jsonl` at once, so that it can be followed while the run goes on."""

@@ -8,6 +8,23 @@ from collections.abc import Sequence
 Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 
 
+def unpaired_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
+    """95 % confidence interval of the difference of two shares, second - first, over different rows of scores in {0, 1}.
+
+    The adjusted Wald interval of Agresti & Caffo (2000, *The American Statistician* 54:280): one success and one failure
+    are added to each sample.
+
+    Raises:
+        ValueError: a sample is empty.
+    """
+    if not first or not second:
+        raise ValueError("need two samples that are not empty")
+    shares = [(sum(scores) + 1) / (len(scores) + 2) for scores in (first, second)]
+    variances = [p * (1 - p) / (len(scores) + 2) for p, scores in zip(shares, (first, second), strict=True)]
+    centre, half = shares[1] - shares[0], Z95 * math.sqrt(sum(variances))
+    return centre - half, centre + half
+
+
 def paired_interval(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
     """95 % confidence interval of the mean difference after - before over N >= 1 rows.
 

@@ -21,7 +21,7 @@ from llmcore_hf.config import COMMAND_LINE, DEFAULTS, HOUSE, Config, Options, Ru
 from llmcore_hf.errors import ConfigError, UserError
 from llmcore_hf.registry import Module
 
-TRAINERS = [module.name for module in registry.MODULES if module.code]  # the others are lessons in a single file
+TRAINERS = [module.name for module in registry.MODULES if module.trains_on]  # the others are lessons
 
 
 class Strategy(enum.Enum):

@@ -108,6 +108,27 @@ def test_marked_tokens_are_those_that_trl_trains(tmp_path: Path, inspect: Any, n
         assert "".join(re.findall(r"\[\[((?:.|\n)*?)\]\]", text)) == job.tokenizer.decode(ids)
 
 
+def test_a_reward_model_marks_the_token_at_which_the_score_is_read(tmp_path: Path, inspect: Any) -> None:
+    rows = [{"prompt": f"q{i}", "chosen": "yes", "rejected": "no " * 10} for i in range(4)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    code, out, _ = inspect(path, "--module", "reward")
+    assert code == 0 and "--module dpo or reward" in out
+    assert "q0yes[[<|im_end|>]]" in out and "q0no no" in out and "no [[<|im_end|>]]" in out
+    assert "cut off   0.0%" in out
+    code, out, _ = inspect(path, "--module", "reward", "--max_length", "20")
+    assert code == 1 and "too_long 4" in out
+    assert "too long  50.0% for --max_length 20: left out" in out and "cut off" not in out
+    assert inspect(path, "--max_length", "20")[0] == 0  # dpo cuts them off
+
+
+def test_a_module_that_does_not_train_on_such_data_is_no_view(tmp_path: Path, inspect: Any) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", good_rows(PAIR, 3))
+    code, _, err = inspect(path, "--module", "reward")
+    assert code == 2 and "--module reward does not train on" in err
+    code, _, err = inspect(path, "--module", "rewad")
+    assert code == 2 and "Did you mean `reward`?" in err
+
+
 def test_tokens_are_coloured_on_a_terminal(tmp_path: Path) -> None:
     from rich.console import Console
 

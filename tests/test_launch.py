@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from llmcore_hf import cli, distributed, environment
+from llmcore_hf import cli, distributed, environment, launch
 from llmcore_hf.distributed import check_launch, check_world_size
 from llmcore_hf.errors import ConfigError
 
@@ -29,18 +32,18 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def launched(*argv: str) -> tuple[str, dict[str, str]]:
     """The launcher `accelerate launch *argv run.py` would use, and the environment it gives to one process."""
-    launch = importlib.import_module("accelerate.commands.launch")
+    module = importlib.import_module("accelerate.commands.launch")
     used: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "default_config_file", "/nowhere.yaml")  # not what `accelerate config` left in the home
+        patch.setattr(module, "default_config_file", "/nowhere.yaml")  # not what `accelerate config` left in the home
         for name in ("simple_launcher", "multi_gpu_launcher", "deepspeed_launcher", "tpu_launcher"):
-            patch.setattr(launch, name, lambda args, name=name: used.update(name=name, args=args))
-        args = launch.launch_command_parser().parse_args([*argv, "run.py"])
-        launch.launch_command(args)
+            patch.setattr(module, name, lambda args, name=name: used.update(name=name, args=args))
+        args = module.launch_command_parser().parse_args([*argv, "run.py"])
+        module.launch_command(args)
     if used["name"] == "simple_launcher":
-        _, env = launch.prepare_simple_launcher_cmd_env(used["args"])
+        _, env = module.prepare_simple_launcher_cmd_env(used["args"])
         return used["name"], env
-    return used["name"], launch.prepare_multi_gpu_env(used["args"])
+    return used["name"], module.prepare_multi_gpu_env(used["args"])
 
 
 def enter(monkeypatch: pytest.MonkeyPatch, env: dict[str, str]) -> None:
@@ -223,3 +226,187 @@ def test_accelerate_launch_with_two_cpu_processes_that_are_one_ends_with_the_way
     )
     assert result.returncode != 0
     assert "cpu_2.yaml" in result.stderr and not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- what a CPU cannot do
+
+
+@pytest.fixture
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_fsdp_on_a_cpu_is_refused_in_the_process_too(monkeypatch: pytest.MonkeyPatch, without_gpu: None) -> None:
+    name, env = launched("--config_file", str(CONFIGS / "fsdp2.yaml"))
+    assert name == "multi_gpu_launcher" and env["ACCELERATE_USE_FSDP"] == "true" and env["FSDP_VERSION"] == "2"
+    enter(monkeypatch, env | {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "29500"})
+    with pytest.raises(ConfigError, match="needs GPUs"):
+        check_launch()
+
+
+def test_tensor_parallelism_on_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch, without_gpu: None) -> None:
+    enter(monkeypatch, {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "WORLD_SIZE": "2", "RANK": "0"})
+    with pytest.raises(ConfigError, match="needs GPUs"):
+        check_launch()
+
+
+def test_with_a_gpu_fsdp_is_let_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    enter(monkeypatch, {"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2", "RANK": "0"})
+    check_launch()
+
+
+def test_deepspeed_on_a_cpu_compiles_nothing(monkeypatch: pytest.MonkeyPatch, without_gpu: None) -> None:
+    forbidden: list[bool] = []
+    monkeypatch.setattr(distributed, "forbid_deepspeed_to_compile", lambda: forbidden.append(True))
+    check_launch()
+    assert not forbidden
+    enter(monkeypatch, {"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "2", "RANK": "0"})
+    check_launch()
+    assert forbidden
+
+
+# ---------------------------------------------------------------- llmcore launch
+
+
+def problems_of(*argv: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        launch.launch_command(list(argv))
+    return "\n".join(caught.value.problems)
+
+
+def test_the_launcher_gets_the_shipped_file_and_the_module_gets_its_options() -> None:
+    path = str(CONFIGS / "cpu_2.yaml")
+    options = ["--module", "sft", "--toy", "--max_steps=3"]
+    command = launch.launch_command(["--accelerate_config", "cpu_2", *options[:2], "--num_processes=4", *options[2:]])
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", path, "--num_processes", "4"]
+    assert command == [*accelerate, "--module", "llmcore_hf", *options]
+
+
+def test_the_command_is_one_that_accelerate_understands() -> None:
+    module = importlib.import_module("accelerate.commands.launch")
+    command = launch.launch_command(["--accelerate_config", "cpu_2", "--module", "sft", "--toy"])
+    args = module.launch_command_parser().parse_args(command[3:])
+    assert (args.training_script, args.module) == ("llmcore_hf", True)
+    assert args.training_script_args == ["--module", "sft", "--toy"]
+
+
+def test_a_file_of_ones_own_can_be_named(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text((CONFIGS / "cpu_2.yaml").read_text())
+    assert str(mine) in launch.launch_command(["--accelerate_config", str(mine), "--module", "sft"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "problem"),
+    [
+        (["--module", "sft"], "--accelerate_config is missing: cpu_1, cpu_2"),
+        (["--accelerate_config", "cpu_2"], "no --module"),
+        (["--accelerate_config", "--module", "sft"], "--accelerate_config needs a value"),
+        (["--accelerate_config", "zero", "--module", "sft"], "did you mean `zero"),
+        (["--accelerate_config", "cpu_2", "--num_processes", "two", "--module", "sft"], "whole number"),
+        (["--accelerate_config", "fsdp2", "--module", "sft"], "fsdp2 needs GPUs"),
+        (["--accelerate_config", "multinode", "--module", "sft"], "need --main_process_ip"),
+        (
+            ["--accelerate_config", "multinode", "--main_process_ip", "a", "--num_processes", "3", "--module", "sft"],
+            "a multiple of --num_machines 2",
+        ),
+        (
+            ["--accelerate_config", "multinode", "--main_process_ip", "a", "--machine_rank", "2", "--module", "sft"],
+            "machines are 0 to 1",
+        ),
+    ],
+)
+def test_what_cannot_work_is_told_before_anything_starts(without_gpu: None, argv: list[str], problem: str) -> None:
+    assert problem in problems_of(*argv)
+
+
+def test_a_port_in_use_is_told_before_anything_starts() -> None:
+    with socket.socket() as server:
+        server.bind(("", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        argv = ["--accelerate_config", "cpu_2", "--main_process_port", str(port), "--module", "sft"]
+        assert f"--main_process_port {port} is in use" in problems_of(*argv)
+    launch.launch_command(argv)
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2"])
+def test_without_deepspeed_a_zero_configuration_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install" in problems_of("--accelerate_config", name, "--module", "sft")
+
+
+def test_stage_3_is_refused_before_and_after_the_launch(
+    monkeypatch: pytest.MonkeyPatch, without_gpu: None, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    mine = tmp_path / "zero3.yaml"
+    mine.write_text((CONFIGS / "zero2.yaml").read_text().replace("zero_stage: 2", "zero_stage: 3"))
+    assert "ZeRO-3 is not supported yet" in problems_of("--accelerate_config", str(mine), "--module", "sft")
+    launched_with = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+    enter(monkeypatch, launched_with | {"WORLD_SIZE": "2", "RANK": "0"})
+    with pytest.raises(ConfigError, match="ZeRO-3"):
+        check_launch()
+
+
+def test_the_help_of_launch_names_the_configurations(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["launch", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("cpu_2", "zero2", "multinode", "--machine_rank"))
+    assert cli.main(["launch"]) == 2
+
+
+def test_the_slurm_script_is_bash_and_uses_options_there_are() -> None:
+    script = CONFIGS / "multinode.slurm"
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    text = script.read_text()
+    assert "--accelerate_config multinode" in text and all(option in text for option in launch.LAUNCH_OPTIONS)
+
+
+@pytest.mark.parametrize(("name", "stage"), [("zero1", 1), ("zero2", 2)])
+def test_deepspeed_configurations_become_what_their_names_say(name: str, stage: int) -> None:
+    pytest.importorskip("deepspeed")
+    module = importlib.import_module("accelerate.commands.launch")
+    argv = ["--config_file", str(CONFIGS / f"{name}.yaml"), "run.py"]
+    args, *_ = module._validate_launch_command(module.launch_command_parser().parse_args(argv))
+    assert args.use_deepspeed and args.zero_stage == stage and args.offload_optimizer_device == "none"
+
+
+SHORT = ["--max_steps", "4", "--logging_steps", "1", "--max_eval_samples", "20", "--max_generation_samples", "4"]
+
+
+def start(folder: Path, name: str, batch_size: int, *before: str) -> subprocess.Popen[str]:
+    """A short DPO run as an installed user starts it; `before` goes in front of `--module`."""
+    options = ["--module", "dpo", "--toy", *SHORT, "--per_device_train_batch_size", str(batch_size)]
+    command = [sys.executable, "-m", "llmcore_hf", *before, *options, "--output_dir", name]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=env, **pipes)
+
+
+@pytest.mark.slow
+def test_two_launchers_are_one_job_that_equals_one_process(tmp_path: Path) -> None:
+    """Two "machines" on loopback, one process each, over TCP. The global batch is that of the single process."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = str(probe.getsockname()[1])
+    meet = ["--main_process_ip", "127.0.0.1", "--main_process_port", port, "--num_machines", "2"]
+    config = ["launch", "--accelerate_config", "cpu_2", "--num_processes", "2", *meet]
+    nodes = [start(tmp_path, "two", 16, *config, "--machine_rank", rank) for rank in ("0", "1")]
+    outputs = [node.communicate(timeout=400)[0] for node in nodes]
+    [alone_output] = [start(tmp_path, "one", 32).communicate(timeout=400)[0]]
+    losses = {}
+    for name, output in (("one", alone_output), ("two", outputs[0])):
+        assert (tmp_path / name / "log_history.jsonl").exists(), output
+        rows = [json.loads(line) for line in (tmp_path / name / "log_history.jsonl").read_text().splitlines()]
+        losses[name] = [row["loss"] for row in rows if "loss" in row]
+    assert json.loads((tmp_path / "two" / "summary.json").read_text())["env"]["world_size"] == 2
+    assert losses["two"] == pytest.approx(losses["one"], abs=1e-5) and len(losses["one"]) == 4
+    assert "training_curves.png" not in outputs[1]  # the second machine reports nothing

@@ -18,7 +18,12 @@ from llmcore_hf.learning import cards, items, plan, progress, state
 from llmcore_hf.learning.texts import LANGUAGES
 
 PAGES = [ROOT / name for name in plan.GUIDES.values()]
-PAGES += sorted((ROOT / "learning" / "quizzes").glob("*.md")) + sorted((ROOT / "learning" / "cards").glob("*.md"))
+PAGES += sorted((ROOT / "learning").glob("*.md"))
+PAGES += [
+    page
+    for name in ("quizzes", "cards", "exercises", "bugzoo")
+    for page in sorted((ROOT / "learning" / name).glob("*.md"))
+]
 
 
 @pytest.fixture
@@ -172,16 +177,28 @@ def answer_all(level: int) -> None:
         state.record_answer(item.id, True)
 
 
+def pass_exercises(level: int) -> None:
+    for name, at in progress.exercises().items():
+        if at == level:
+            state.record_exercise(name, True)
+
+
 def passed(folder: Path) -> list[int]:
     return [level.level for level in progress.collect().levels if level.passed]
 
 
-def test_a_level_needs_runs_and_every_quiz_item(folder: Path) -> None:
-    assert passed(folder) == []
+def test_a_level_needs_runs_every_quiz_item_and_the_exercises(folder: Path, capsys: Any) -> None:
+    def next_step() -> str:
+        assert passed(folder) == [] and cli.main(["progress", "--lang", "en"]) == 0
+        return str(capsys.readouterr().out.splitlines()[-1])
+
+    assert next_step() == "Next: `python run.py --module mdp --toy`"
     place("mdp", folder)
     place("td_learning", folder)
-    assert passed(folder) == []
+    assert next_step() == "Next: `python scripts/quiz.py --level 1`"
     answer_all(1)
+    assert next_step() == "Next: `python scripts/exercise.py show td`"
+    pass_exercises(1)
     assert passed(folder) == [1]
 
 
@@ -197,6 +214,7 @@ def test_a_level_needs_runs_and_every_quiz_item(folder: Path) -> None:
 )
 def test_a_run_that_failed_does_not_count(folder: Path, change: Any, capsys: Any) -> None:
     answer_all(1)
+    pass_exercises(1)
     place("td_learning", folder)
     place("mdp", folder, change)
     assert passed(folder) == []
@@ -209,6 +227,7 @@ def test_a_later_experiment_that_fails_takes_nothing_away(folder: Path) -> None:
     for name in ("sft", "dpo", "dpo_sigmoid"):
         place(name, folder)
     answer_all(3)
+    pass_exercises(3)
     assert passed(folder) == [3]
 
 
@@ -219,16 +238,15 @@ def test_missing_modules_are_said_to_be_missing(folder: Path, capsys: Any, monke
     assert "| 11 | `bcq` | module not there yet |" in out and "`bcq` (module not there yet)" in out
 
 
-def test_exercises_count_once_they_exist(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_level_says_which_of_its_own_exercises_are_missing(folder: Path) -> None:
     place("mdp", folder)
     place("td_learning", folder)
     answer_all(1)
-    monkeypatch.setattr(progress, "exercises", lambda: {"value_iteration": 1, "gae": 2})
-    assert passed(folder) == []
-    level = progress.collect().levels[0]
-    assert level.lacks("en") == ["exercises value_iteration"]
-    state.record_exercise("value_iteration", True)
-    assert passed(folder) == [1]
+    state.record_exercise("td", True)
+    state.record_exercise("gae", True)  # of another level
+    state.record_exercise("value_iteration", False)
+    command = "python scripts/exercise.py show value_iteration"
+    assert progress.collect().levels[0].lacks("en") == [f"exercises value_iteration (`{command}`)"]
 
 
 def test_the_certificate_names_runs_by_their_hash(folder: Path, capsys: Any) -> None:
@@ -236,6 +254,7 @@ def test_the_certificate_names_runs_by_their_hash(folder: Path, capsys: Any) -> 
     assert "不能发证书" in capsys.readouterr().err and not (folder / "c.md").exists()
     places = [place(name, folder) for name in ("mdp", "td_learning")]
     answer_all(1)
+    pass_exercises(1)
     assert cli.main(["progress", "--certificate", "c.md"]) == 0
     text = (folder / "c.md").read_text(encoding="utf-8")
     for run in places:

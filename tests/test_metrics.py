@@ -19,7 +19,7 @@ def compute(name: str, predictions: list, references: list) -> dict[str, Any]:
     return getattr(metrics, name)().compute(predictions=predictions, references=references)
 
 
-@pytest.mark.parametrize("name", ["ExactMatch", "Perplexity", "Preference"])
+@pytest.mark.parametrize("name", ["Calibration", "ExactMatch", "Perplexity", "Preference"])
 def test_metrics_are_evaluate_metrics(name: str) -> None:
     import evaluate
 
@@ -117,3 +117,38 @@ def test_unequal_lengths_are_refused(name: str) -> None:
     predictions, references = (["a", "b"], ["a"]) if name == "ExactMatch" else ([1, 2], [1])
     with pytest.raises(ValueError):
         compute(name, predictions, references)
+
+
+# --- calibration --------------------------------------------------------------------------------------------------
+
+
+def test_calibration_by_hand() -> None:
+    """Bins of width 0.05: .61 and .63 with one event of two, .97, .99 and 1 with three of three."""
+    found = compute("Calibration", [0.61, 0.63, 0.97, 0.99, 1.0], [1, 0, 1, 1, 1])
+    assert found["counts"] == [2, 3]  # probability 1 belongs to the last bin
+    assert found["probabilities"] == pytest.approx([0.62, 2.96 / 3])
+    assert found["shares"] == pytest.approx([0.5, 1.0])
+    assert found["expected_calibration_error"] == pytest.approx((2 * 0.12 + 3 * (0.04 / 3)) / 5)
+
+
+def test_half_an_event_counts_half() -> None:
+    assert compute("Calibration", [0.5, 0.5], [0.5, 0.5])["expected_calibration_error"] == pytest.approx(0.0)
+
+
+def test_errors_in_opposite_directions_do_not_cancel() -> None:
+    assert compute("Calibration", [0.22, 0.82] * 4, [1, 1, 0, 0] * 2)["expected_calibration_error"] == pytest.approx(
+        0.3
+    )
+    assert compute("Calibration", [0.52] * 8, [1, 1, 0, 0] * 2)["expected_calibration_error"] == pytest.approx(0.02)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.sampled_from([0.0, 1.0])), min_size=1, max_size=30))
+@settings(deadline=None, max_examples=30)
+def test_calibration_equals_a_plain_loop(cases: list) -> None:
+    found = compute("Calibration", *map(list, zip(*cases, strict=True)))
+    error = 0.0
+    for i in range(20):
+        held = [(p, y) for p, y in cases if (i <= p * 20 < i + 1) or (i == 19 and p == 1)]
+        error += abs(sum(p for p, _ in held) - sum(y for _, y in held)) / len(cases)
+    assert found["expected_calibration_error"] == pytest.approx(error, abs=1e-12)
+    assert sum(found["counts"]) == len(cases)

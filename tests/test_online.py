@@ -221,7 +221,7 @@ ROW = {"val/ratio": 1.0, "val/first_ratio_off": 0.0, "val/explained_variance": 0
 )
 def test_the_checks_of_ppo_read_the_log(change: dict[str, float], failed: str | None, tmp_path: Path) -> None:
     args = PPOConfig(str(tmp_path), use_cpu=True, bf16=False)
-    between_rollouts = {"val/ratio": 1.0, "policy/clipfrac_avg": 0.0}
+    between_rollouts = {"val/ratio": 1.0, "policy/clipfrac_avg": 0.0, "val/explained_variance": None}
     found = status_of(ppo.training_checks([ROW, {**ROW, **change}, between_rollouts, {"eval_reward": 1.0}], args))
     assert {name for name, status in found.items() if status != "pass"} == ({failed} if failed else set())
     assert set(status_of(ppo.training_checks([], args)).values()) == {"skip"}
@@ -277,10 +277,13 @@ FEW = ("--max_train_samples", "64", "--max_eval_samples", "8", "--max_steps", "4
         (("--max_completion_length", "100000"), "is more than the"),
         (("--max_completion_length", "0"), "max_completion_length"),
         (("--reward_model_name_or_path", "tiny-qwen"), "is no reward model"),
+        (("--reward_funcs", "one.py:same", "two.py:same"), "two rewards are called `same`"),
         (("--dataset_name", "toy-sort"), "`exact_match` needs a column `answer`; toy-sort has: prompt"),
     ],
 )
 def test_wrong_options_of_ppo_end_in_one_message(capsys, options: tuple[str, ...], words: str) -> None:
+    for name in ("one.py", "two.py"):
+        Path(name).write_text("def same(completions, **kwargs):\n    return [0.0] * len(completions)\n")
     code = cli.main(["--module", "ppo", "--toy", *FEW, "--output_dir", "run", *options])
     told = capsys.readouterr()
     assert code != 0 and words in told.err + told.out, told.err + told.out
@@ -302,6 +305,14 @@ def test_a_prompt_that_leaves_no_room_is_a_problem_of_the_dataset(capsys, module
     summary = json.loads(Path("run/summary.json").read_text())
     assert summary["data"]["n_dropped"] == 1 and summary["data"]["problems"] == {"too_long": 1}
     assert summary["error"] is None or summary["error"].startswith("checks failed")
+
+
+def test_rewards_that_never_differ_are_told_by_the_check_and_not_by_a_crash() -> None:
+    Path("zero.py").write_text("def zero(completions, **kwargs):\n    return [0.0] * len(completions)\n")
+    sizes = ("--per_device_train_batch_size", "8", "--reward_funcs", "zero.py:zero", "--kl_coef", "0")
+    assert cli.main(["--module", "ppo", "--toy", *FEW, *sizes, "--output_dir", "run"]) == 1
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert summary["error"] == "checks failed: ppo.held_out_reward_rose"
 
 
 # ---------------------------------------------------------------- the pipeline

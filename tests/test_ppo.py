@@ -13,6 +13,7 @@ from ppo_toys import V, config, lora, policy, small_trainer, tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, GenerationConfig
 
+from llmcore_hf.models import tiny
 from llmcore_hf.ppo import PPOConfig, PPOTrainer, advantages, losses, model, rewards, rollout
 from llmcore_hf.ppo.sampler import RolloutSampler
 
@@ -417,3 +418,45 @@ def test_generation_in_stretches_is_that_of_one_call(monkeypatch: pytest.MonkeyP
     assert rollout.generate(model, prompts, greedy, 4, "cpu") == whole
     assert len({len(tokens) for tokens in whole}) > 1, "completions of different lengths"
     assert model.generation_config is not greedy
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_looking_at_the_reference_before_training_freezes_nothing(tmp_path: Path, share: bool) -> None:
+    """PEFT freezes the critic's adapter when it turns the policy's on again; the optimizer must get it all the same."""
+    trainer = small_trainer(tmp_path, lora(), share_backbone=share)
+    with trainer.model.policy.disable_adapter():
+        pass
+    trainer.train()
+    moved = {name: bool(p.abs().sum() > 0) for name, p in trainer.model.named_parameters() if "lora_B" in name}
+    critic = [value for name, value in moved.items() if ".value." in name or name.startswith("value_model")]
+    assert critic and all(critic) and all(moved.values())
+
+
+def test_without_a_reference_the_kl_is_unknown_and_not_0(tmp_path: Path) -> None:
+    trainer = small_trainer(tmp_path, kl_coef=0.0, kl_target=None)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "objective/scores" in row]
+    assert rows and not any("objective/kl" in row or "objective/kl_k3" in row for row in rows)
+
+
+def test_rollout_and_update_compute_in_the_same_precision(tmp_path: Path) -> None:
+    trainer = small_trainer(tmp_path, bf16=True, max_steps=4)
+    seen: dict[bool, set[torch.dtype]] = {True: set(), False: set()}
+
+    def look(module: Any, args: Any, output: Tensor) -> None:
+        seen[module.training].add(output.dtype)  # the update trains, the rollout does not
+
+    trainer.model.policy.lm_head.register_forward_hook(look)
+    trainer.train()
+    assert seen == {True: {torch.bfloat16}, False: {torch.bfloat16}}
+    off = [row["val/first_ratio_off"] for row in trainer.state.log_history if "val/first_ratio_off" in row]
+    assert off and max(off) < 0.1  # other batches, so other roundings of bfloat16
+
+
+def test_a_reward_model_must_have_one_label() -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    for labels in (2, 3):
+        model = AutoModelForSequenceClassification.from_pretrained(str(tiny.ensure("tiny-qwen")), num_labels=labels)
+        with pytest.raises(ValueError, match=f"has {labels} labels: it must be a classifier with one"):
+            rewards.make_scorers(model, None)

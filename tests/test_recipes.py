@@ -20,17 +20,18 @@ RECIPES = sorted(
 TOYS = [p for p in RECIPES if p.name == "toy.yaml"]
 TOY_VARIANTS = [p for p in RECIPES if p.name.startswith("toy-")]
 REAL = [p for p in RECIPES if p not in TOYS + TOY_VARIANTS]
+CHECKPOINTS = {"llava": "llava-hf/llava-1.5-7b-hf", "blip2": "Salesforce/blip2-opt-2.7b"}
 QLORA = [p for p in REAL if "qlora" in p.stem]
 ACCELERATE = sorted(p.name for p in resources.path("accelerate_configs").glob("*.yaml"))
 
 
 @pytest.fixture(autouse=True)
-def without_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(resources.path("recipes").parent)  # recipes name files from the root of the checkout
 
 
 def full_path(recipe: Path) -> Path:
@@ -53,7 +54,7 @@ def test_every_module_has_its_toy_recipe_and_every_recipe_its_module() -> None:
     assert {recipe.parent.name for recipe in RECIPES} == modules
 
 
-@pytest.mark.parametrize("module", ["sft", "dpo"])
+@pytest.mark.parametrize("module", ["sft", "dpo", "reward", "ppo", "grpo"])
 def test_there_are_recipes_for_a_real_checkpoint_full_lora_and_qlora(module: str) -> None:
     names = {recipe.name for recipe in REAL if recipe.parent.name == module}
     assert {f"qwen2.5-0.5b-instruct-{how}.yaml" for how in ("full", "lora", "qlora")} <= names
@@ -78,13 +79,14 @@ def test_a_toy_recipe_resolves(recipe: Path) -> None:
     assert resolved.toy and set(document(recipe)) == {n for n in resolved.values if "toy.yaml" in resolved.sources[n]}
 
 
-@pytest.mark.parametrize("recipe", [r for r in TOYS if registry.get(r.parent.name).code], ids=str)
+@pytest.mark.parametrize("recipe", [r for r in TOYS if registry.get(r.parent.name).trains_on], ids=str)
 def test_a_toy_recipe_needs_nothing_from_elsewhere(recipe: Path) -> None:
     from llmcore_hf.data.toy import TOY_DATASETS
     from llmcore_hf.models.tiny import TINY_MODELS
+    from llmcore_hf.vlm.tiny import TINY_VLMS
 
     values, stages = document(recipe), registry.get(recipe.parent.name).stages
-    assert values["model_name_or_path"] in TINY_MODELS
+    assert values["model_name_or_path"] in [*TINY_MODELS, *TINY_VLMS]
     for part in [values[stage] for stage in stages] or [values]:
         assert part["dataset_name"] in TOY_DATASETS
         assert 0 < part["max_steps"] <= 500
@@ -123,9 +125,10 @@ def test_a_qlora_recipe_without_quantization_resolves_anywhere(recipe: Path) -> 
 def test_a_recipe_does_what_its_name_says(recipe: Path) -> None:
     values = document(recipe)
     how = recipe.stem.rpartition("-")[2]
-    assert values.get("use_peft", False) is (how in ("lora", "qlora"))
-    assert values.get("load_in_4bit", False) is (how == "qlora")
-    assert values["model_name_or_path"] == "Qwen/Qwen2.5-0.5B-Instruct"
+    for part in [values[stage] for stage in registry.get(recipe.parent.name).stages] or [values]:
+        assert part.get("use_peft", False) is (how in ("lora", "qlora"))
+        assert part.get("load_in_4bit", False) is (how == "qlora")
+    assert values["model_name_or_path"] == CHECKPOINTS.get(recipe.parent.name, "Qwen/Qwen2.5-0.5B-Instruct")
 
 
 @pytest.mark.parametrize("recipe", REAL, ids=str)

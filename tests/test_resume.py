@@ -29,10 +29,12 @@ from llmcore_hf.run_dir import RunDirectory
 slow = pytest.mark.slow
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FEW = ("--max_train_samples", "200", "--max_eval_samples", "20", "--max_generation_samples", "4")
+ROWS = ("--max_train_samples", "200", "--max_eval_samples", "20")
+FEW = (*ROWS, "--max_generation_samples", "4")
 CADENCE = ("--logging_steps", "2", "--eval_strategy", "steps", "--eval_steps", "4")
 SAVES = ("--save_strategy", "steps", "--save_steps", "5")  # not a multiple of the logging steps
 SHORT = ("--toy", "--max_steps", "14", *FEW, *CADENCE)  # two epochs of 7 steps
+SCORING = ("--toy", "--max_steps", "14", *ROWS, *CADENCE)  # the same for a module that generates nothing
 ONLINE = (  # two rollouts of PPO between two checkpoints; more than one epoch
     *("--toy", "--max_steps", "16", "--max_train_samples", "200", "--max_eval_samples", "20", *CADENCE),
     *("--save_strategy", "steps", "--save_steps", "8", "--per_device_eval_batch_size", "40"),
@@ -117,11 +119,11 @@ def own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @slow
-@pytest.mark.parametrize("module", ["sft", "dpo", "ppo", "grpo"])
+@pytest.mark.parametrize("module", ["sft", "dpo", "reward", "ppo", "grpo"])
 @pytest.mark.parametrize("options", [(), LORA], ids=["full", "lora"])
 def test_a_killed_run_ends_like_the_uninterrupted_one(whole, module: str, options: tuple[str, ...]) -> None:
-    online = module in ("ppo", "grpo")
-    command = ("--module", module, *(ONLINE if online else (*SHORT, *SAVES)), *options)
+    online, offline = module in ("ppo", "grpo"), SCORING if module == "reward" else SHORT
+    command = ("--module", module, *(ONLINE if online else (*offline, *SAVES)), *options)
     killed = subprocess.run([sys.executable, "-c", KILLED, "9", *command, "--output_dir", "run"], capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     left = json.loads(Path("run/summary.json").read_text())

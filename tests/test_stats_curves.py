@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmcore_hf.curves import HELD_OUT, TRAIN, Line, Panel, draw
-from llmcore_hf.stats import Z95, paired_interval
+from llmcore_hf.stats import Z95, paired_interval, share_interval
 
 # ---------------------------------------------------------------- stats
 
@@ -98,6 +98,18 @@ def test_samples_of_different_rows_are_refused(before: list[float], after: list[
         paired_interval(before, after)
 
 
+# ---------------------------------------------------------------- shares
+
+
+@pytest.mark.parametrize(
+    ("share", "n", "low", "high"),
+    [(0.5, 10, 0.2366, 0.7634), (0.0, 20, 0.0, 0.1611), (1.0, 20, 0.8389, 1.0), (81 / 263, 263, 0.2553, 0.3662)],
+)
+def test_wilson_intervals_are_the_published_ones(share: float, n: int, low: float, high: float) -> None:
+    """The last: Newcombe 1998, Statistics in Medicine 17:857, table I."""
+    assert share_interval(share, n) == pytest.approx((low, high), abs=1e-4)
+
+
 # ---------------------------------------------------------------- curves
 
 HISTORY = [
@@ -181,6 +193,13 @@ def test_a_panel_without_a_value_is_left_out(figures: list[Any]) -> None:
 def test_any_number_of_panels_fits(n_panels: int, figures: list[Any]) -> None:
     draw("A run", HISTORY, [LOSS] * n_panels, BARS)
     assert len(visible(figures[0])) == n_panels + 1
+
+
+@pytest.mark.parametrize("bars", [{}, BARS])
+def test_a_module_draws_on_axes_of_its_own_between_panels_and_bars(figures: list[Any], bars: dict) -> None:
+    draw("A run", HISTORY, [LOSS, ABSENT], bars, [lambda axis: axis.set_title("mine"), lambda a: a.set_title("too")])
+    titles = [axis.get_title() for axis in visible(figures[0])]
+    assert titles[:3] == ["Loss", "mine", "too"] and len(titles) == 3 + bool(bars)
 
 
 def test_a_run_that_logged_nothing_still_gets_a_picture(figures: list[Any]) -> None:

@@ -153,7 +153,7 @@ def test_what_a_stream_cannot_do_is_refused(tmp_path: Path, rows: list[Row], opt
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["sft", "dpo"])
+@pytest.mark.parametrize("module", ["sft", "dpo", "reward"])
 def test_a_run_on_a_stream_records_what_it_left_out(monkeypatch, tmp_path: Path, module: str) -> None:
     rows = good_rows(PAIR if module == "sft" else TRIPLE, 30)
     rows[20] = {**rows[20], "prompt": ""}
@@ -161,7 +161,9 @@ def test_a_run_on_a_stream_records_what_it_left_out(monkeypatch, tmp_path: Path,
     monkeypatch.chdir(tmp_path)
     argv = ["--module", module, "--model_name_or_path", "tiny-qwen", "--dataset_name", str(path), "--max_length", "64"]
     argv += ["--dataset_streaming", "--max_steps", "8", "--per_device_train_batch_size", "8", "--max_eval_samples", "4"]
-    argv += ["--max_generation_samples", "2", "--max_new_tokens", "4", "--on_bad_rows", "drop", "--output_dir", "run"]
+    argv += ["--on_bad_rows", "drop", "--output_dir", "run"]
+    if module != "reward":  # which generates nothing
+        argv += ["--max_generation_samples", "2", "--max_new_tokens", "4"]
     assert cli.main(argv) == 0
     block = json.loads((tmp_path / "run" / "summary.json").read_text())["data"]
     assert (block["n_train"], block["n_eval"], block["n_dropped"]) == (None, 4, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from itertools import combinations
@@ -18,8 +19,16 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "validation", "test")
 PINNED = "d040d2f1b235fe70"
-LOADED = {"toy-sort": ("sft", 0), "toy-sort-preference": ("preference", 0)}
-FINGERPRINTS = {"toy-sort": "a135295eb3c2cc94", "toy-sort-preference": "1e8b29a06fade4bc"}
+LOADED = {
+    "toy-sort": ("sft", 0),
+    "toy-sort-preference": ("preference", 0),
+    "toy-sort-noisy-preference": ("preference", 0),
+}
+FINGERPRINTS = {
+    "toy-sort": "a135295eb3c2cc94",
+    "toy-sort-preference": "1e8b29a06fade4bc",
+    "toy-sort-noisy-preference": "35ca519a224de186",
+}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +50,7 @@ def answers(rows: Any) -> set[str]:
     return {"".join(sorted(digits_of(row))) for row in rows}
 
 
-@pytest.mark.parametrize("make", toy.TOY_DATASETS.values(), ids=toy.TOY_DATASETS)
+@pytest.mark.parametrize("make", [toy.toy_sort, toy.toy_sort_preference])
 def test_no_answer_stands_in_two_splits(make: Any) -> None:
     data = make()
     assert set(data) == set(SPLITS)
@@ -68,6 +77,37 @@ def test_chosen_is_ascending_and_rejected_descending(preference_data: DatasetDic
             assert row["chosen"] == [{"role": "assistant", "content": "".join(sorted(digits))}]
             assert row["rejected"] == [{"role": "assistant", "content": "".join(sorted(digits, reverse=True))}]
             assert row["chosen"] != row["rejected"]
+
+
+@pytest.fixture(scope="module")
+def noisy_data() -> DatasetDict:
+    return toy.toy_sort_noisy_preference()
+
+
+def test_noisy_pairs_are_two_orders_of_the_digits(noisy_data: DatasetDict) -> None:
+    for split in SPLITS:
+        for row in noisy_data[split]:
+            chosen, rejected = (row[side][0]["content"] for side in ("chosen", "rejected"))
+            assert sorted(chosen) == sorted(rejected) == sorted(digits_of(row)) and chosen != rejected
+
+
+@pytest.mark.parametrize(("answer", "inversions"), [("0466", 0), ("6640", 5), ("3210", 6), ("0132", 1), ("6604", 4)])
+def test_the_true_reward_counts_inversions(answer: str, inversions: int) -> None:
+    assert toy.true_reward(answer) == -inversions
+
+
+def test_noisy_labels_are_those_of_a_bradley_terry_annotator(noisy_data: DatasetDict) -> None:
+    """Of the pairs whose rewards differ by d, the better one is chosen in a share sigmoid(d), within 4 standard errors."""
+    right: dict[float, list[bool]] = {}
+    for row in noisy_data["train"]:
+        chosen, rejected = (toy.true_reward(row[side][0]["content"]) for side in ("chosen", "rejected"))
+        right.setdefault(abs(chosen - rejected), []).append(chosen > rejected)
+    assert set(right) == {0, 1, 2, 3, 4, 5, 6}
+    for difference in range(1, 7):
+        p, seen = 1 / (1 + math.exp(-difference)), right[difference]
+        assert abs(sum(seen) / len(seen) - p) < 4 * math.sqrt(p * (1 - p) / len(seen)), difference
+    errors = sum(not all(right[d][i : i + 1]) for d in range(1, 7) for i in range(len(right[d])))
+    assert errors / len(noisy_data["train"]) > 0.1  # annotators that err
 
 
 def test_the_completion_is_the_sorted_digits(sft_data: DatasetDict) -> None:

@@ -203,6 +203,24 @@ def generate(
     generators are then as they were.
     """
     asked = list(zip(prompts, tools or [None] * len(prompts), strict=True))
+
+    def encode(numbers: list[int]) -> Any:
+        return _encode_prompts(tokenizer, [asked[i] for i in numbers])
+
+    return generate_from(model, tokenizer, len(asked), encode, max_new_tokens, batch_size, accelerator, sampling)
+
+
+def generate_from(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    n_rows: int,
+    encode: Callable[[list[int]], Any],
+    max_new_tokens: int,
+    batch_size: int,
+    accelerator: Accelerator,
+    sampling: dict[str, Any] | None = None,
+) -> Answers:
+    """Answers to rows 0 to N - 1, as `generate`; `encode` makes the padded inputs of the rows of those numbers."""
     found: list[tuple[int, tuple[str, list[int], bool]]] = []
     stops = stop_ids(model, tokenizer)
     how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -211,8 +229,8 @@ def generate(
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     with evaluating(model), torch.random.fork_rng(devices):
         torch.manual_seed(accelerator.process_index)
-        for batch in _batches(list(range(len(prompts))), batch_size, accelerator):
-            inputs = _encode_prompts(tokenizer, [asked[i] for i in batch]).to(accelerator.device)
+        for batch in _batches(list(range(n_rows)), batch_size, accelerator):
+            inputs = encode(batch).to(accelerator.device)
             with accelerator.autocast():
                 output = model.generate(
                     **inputs,

@@ -15,7 +15,7 @@ from llmcore_hf.alignment.rewards import RewardArguments
 from llmcore_hf.alignment.training import Job
 from llmcore_hf.checks import Check
 from llmcore_hf.config import Config
-from llmcore_hf.curves import TRAIN, Line, Panel
+from llmcore_hf.curves import HELD_OUT, REJECTED, TRAIN, Line, Panel
 from llmcore_hf.data.loading import DataArguments, Splits, load
 from llmcore_hf.errors import UserError
 from llmcore_hf.models import loading
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 TASK = "prompt"
+SEVERAL = (TRAIN, HELD_OUT, REJECTED, "#9467bd", "#8c564b")  # colours of several rewards
 TOLERANCE = 1e-3  # nats per completion: policy and reference agree at the start, up to the order of float additions
 
 
@@ -108,7 +109,7 @@ def reward_functions(config: Config, splits: Splits) -> tuple[list[Any], list[An
     path = loading.resolve_name(args.reward_model_name_or_path)
     try:
         model, tokenizer = load_reward_model(path), AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:  # the last: it has another number of labels
         reason = " ".join(str(error).split())
         raise UserError(f"--reward_model_name_or_path {path} cannot be loaded: {reason}") from error
     return [model, *functions], [tokenizer, *([None] * len(functions))]
@@ -314,8 +315,14 @@ def _ending_check(name: str, block: dict[str, Any]) -> Check:
     )
 
 
-def reward_panel(train_key: str, *held_out: Line) -> Panel:
-    return Panel("Reward", (Line(train_key, "training, sampled", TRAIN), *held_out))
+def reward_panels(train_key: str, scorers: list[Scorer], *held_out: Line) -> list[Panel]:
+    """The total, and each reward by itself when there are several."""
+    panels = [Panel("Reward", (Line(train_key, "training, sampled", TRAIN), *held_out))]
+    if len(scorers) > 1:
+        each = zip(scorers, SEVERAL, strict=False)
+        lines = tuple(Line(f"rewards/{scorer.name}/mean", scorer.name, color) for scorer, color in each)
+        panels.append(Panel("Each reward, training", lines))
+    return panels
 
 
 def kl_panel(key: str, title: str) -> Panel:
@@ -329,6 +336,8 @@ def shares(block: dict[str, Any]) -> dict[str, tuple[float, float]]:
         "sampled_reward": "reward, sampled",
         "completions/terminated": "answers that end",
     }
-    names |= {name: name.removeprefix("rewards/") for name in block["after"] if name.startswith("rewards/")}
+    names |= {
+        name: f"{name.removeprefix('rewards/')}, greedy" for name in block["after"] if name.startswith("rewards/")
+    }
     pairs = {label: (block["before"][n], block["after"][n]) for n, label in names.items() if n in block["after"]}
     return {label: pair for label, pair in pairs.items() if all(0 <= value <= 1 for value in pair)}

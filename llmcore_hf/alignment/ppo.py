@@ -21,12 +21,13 @@ from llmcore_hf.config import Config, RunArguments
 from llmcore_hf.curves import HELD_OUT, REJECTED, TRAIN, Line, Panel, draw
 from llmcore_hf.data.loading import DataArguments, Splits
 from llmcore_hf.ppo import PPOConfig, PPOTrainer
+from llmcore_hf.ppo.rewards import Scorer
 from llmcore_hf.run_dir import RunDirectory
 
 as_trained, prompt_limit_of = online.as_trained, online.prompt_limit_of
 # Of few short answers the explained variance is a noisy estimate around 0; the toy's seeds average between 0 and 0.1.
 WORSE_THAN_CONSTANT = -0.1
-# The rollout and the first step compute the same ratio by the same code.
+# The rollout and the first step compute the same ratio by the same code; DDP may cast half-precision outputs in between.
 RATIO_TOLERANCE = {"float32": 1e-3, "half": 0.1}
 
 
@@ -74,7 +75,7 @@ def run(config: Config, run_dir: RunDirectory) -> None:
     run_dir.checks += training_checks(run_dir.history, args)
     run_dir.summary["samples"] = online.samples(held_out, before, after)
     training.write_model_card(run_dir, trainer, job, splits)
-    run_dir.write("training_curves.png", draw_curves(run_dir, job, splits))
+    run_dir.write("training_curves.png", draw_curves(run_dir, job, splits, trainer.scorers))
 
 
 def make_trainer(
@@ -104,7 +105,7 @@ def training_checks(history: list[dict[str, Any]], args: PPOConfig) -> list[Chec
     rows = [row for row in history if "val/ratio" in row]
     off = max((row["val/first_ratio_off"] for row in rows if "val/first_ratio_off" in row), default=None)
     tolerance = RATIO_TOLERANCE["half" if args.bf16 or args.fp16 else "float32"]
-    variances = [row["val/explained_variance"] for row in rows if "val/explained_variance" in row]
+    variances = [v for row in rows if (v := row.get("val/explained_variance")) is not None]  # None: no return differed
     explained = sum(variances) / len(variances) if variances else None
     clipped = max((row["policy/clipfrac_avg"] for row in rows), default=None)
     return [
@@ -140,13 +141,14 @@ def training_checks(history: list[dict[str, Any]], args: PPOConfig) -> list[Chec
     ]
 
 
-def draw_curves(run_dir: RunDirectory, job: Job, splits: Splits) -> bytes:
+def draw_curves(run_dir: RunDirectory, job: Job, splits: Splits, scorers: list[Scorer]) -> bytes:
     return draw(
         f"PPO: {Path(job.name).name} on {Path(splits.source).name}",
         run_dir.history,
         [
-            online.reward_panel(
+            *online.reward_panels(
                 "objective/scores",
+                scorers,
                 Line("eval_sampled_reward", "held-out (validation), sampled", REJECTED, "o"),
                 Line("eval_reward", "held-out (validation), greedy", HELD_OUT, "o"),
             ),

@@ -484,7 +484,7 @@ def draw_reliability(axis: Any, before: Scores, after: Scores) -> None:
         x, shares = found["probabilities"], np.asarray(found["shares"])
         low, high = np.transpose([share_interval(*bin) for bin in zip(shares, found["counts"], strict=True)])
         reach = np.maximum([shares - low, high - shares], 0)  # not -1e-17
-        text = f"{label}: calibration error {found['expected_calibration_error']:.3f}"
+        text = f"{label}: error {found['expected_calibration_error']:.3f}"
         axis.errorbar(x, shares, reach, color=color, fmt="o", markersize=5, elinewidth=0.8, capsize=2, label=text)
     axis.set_ylim(0, 1.03)
     axis.set_xlim(0.48, 1.02)
@@ -492,7 +492,7 @@ def draw_reliability(axis: Any, before: Scores, after: Scores) -> None:
     axis.set_ylabel("share in which it was chosen")
     axis.set_title("Calibration with 95 % intervals, held-out test pairs", fontsize=11)
     axis.grid(alpha=0.25)
-    axis.legend(fontsize=9, frameon=False, loc="lower right")
+    axis.legend(fontsize=9, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncol=3)
 
 
 def draw_scores(axis: Any, after: Scores) -> None:

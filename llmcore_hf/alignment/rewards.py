@@ -20,16 +20,16 @@ TRL_FUNCTIONS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_r
 GIVEN = {"prompts", "log_extra", "log_metric", "environments", *OWN_ARGUMENTS}
 
 
-def exact_match(completions: list[Text], answer: list[str], **kwargs: Any) -> list[float]:
-    """1 where the completion is the text in column `answer`, spaces around it aside; else 0."""
-    return [float(text_of(c).strip() == str(a).strip()) for c, a in zip(completions, answer, strict=True)]
+def exact_match(completions: list[Text], answer: list[Any], **kwargs: Any) -> list[float | None]:
+    """1 where the completion is the text in column `answer`, spaces around it aside; else 0. None without an answer."""
+    pairs = zip(completions, answer, strict=True)
+    return [None if a is None else float(text_of(c).strip() == str(a).strip()) for c, a in pairs]
 
 
-def same_characters(completions: list[Text], answer: list[str], **kwargs: Any) -> list[float]:
+def same_characters(completions: list[Text], answer: list[Any], **kwargs: Any) -> list[float | None]:
     """1 where the completion has the characters of column `answer` in any order: a permutation that is not sorted yet."""
-    return [
-        float(sorted(text_of(c).strip()) == sorted(str(a).strip())) for c, a in zip(completions, answer, strict=True)
-    ]
+    pairs = zip(completions, answer, strict=True)
+    return [None if a is None else float(sorted(text_of(c).strip()) == sorted(str(a).strip())) for c, a in pairs]
 
 
 def text_of(completion: Text) -> str:
@@ -142,7 +142,9 @@ def _attribute(module: ModuleType, function: str, name: str) -> Callable[..., An
 
 
 def check_columns(functions: Sequence[Any], columns: Sequence[str], source: str) -> None:
-    """Raises `UserError` when a function asks for a column that the dataset has not."""
+    """Raises `UserError` when a function asks for a column that the dataset has not, or a column has a taken name."""
+    if taken := sorted(set(columns) & set(OWN_ARGUMENTS)):
+        raise UserError(f"{source}: rename column {', '.join(taken)}: reward functions get an argument of that name")
     for function in functions:
         if not inspect.isfunction(function):
             continue

@@ -41,10 +41,10 @@ class RLHFArguments(RunArguments):
             + "."
         },
     )
-    sft: dict = field(default_factory=dict, metadata={"help": "Options of the stage `sft`, as in --module sft."})
-    reward: dict = field(default_factory=dict, metadata={"help": "Options of the stage `reward`."})
-    ppo: dict = field(
-        default_factory=dict,
+    sft: dict | str | None = field(default=None, metadata={"help": "Options of the stage `sft`, as in --module sft."})
+    reward: dict | str | None = field(default=None, metadata={"help": "Options of the stage `reward`."})
+    ppo: dict | str | None = field(
+        default=None,
         metadata={
             "help": "Options of the stage `ppo`. The reward model comes first in `reward_weights`; a function of weight 0 "
             "is the gold reward, which is measured and not trained on."
@@ -76,7 +76,7 @@ def check(config: Config) -> list[str]:
         try:
             stage_config(stage, config, Path(stage), config.values["model_name_or_path"], "tiny-qwen")
         except ConfigError as error:
-            problems += error.problems
+            problems += [p if p.startswith("stage ") else f"stage {stage}: {p}" for p in error.problems]
     return problems
 
 
@@ -89,7 +89,7 @@ def stage_config(stage: str, config: Config, folder: Path, model: str, reward_mo
     given = {"model_name_or_path": model, "output_dir": str(folder), "seed": config.values["seed"]}
     if stage == "ppo":
         given["reward_model_name_or_path"] = reward_model
-    return resolve_mapping(registry.get(stage), config.values[stage], f"stage {stage}", given, config.toy)
+    return resolve_mapping(registry.get(stage), config.values[stage] or {}, f"stage {stage}", given, config.toy)
 
 
 def run(config: Config, run_dir: RunDirectory) -> None:
@@ -225,7 +225,7 @@ def as_check(found: dict[str, Any]) -> Check:
 
 def gold_reward(config: Config) -> str | None:
     """Name of the reward function that is measured and not trained on: the first one of weight 0."""
-    options = config.values["ppo"]
+    options = config.values["ppo"] or {}
     names, weights = options.get("reward_funcs") or [], (options.get("reward_weights") or [])[1:]
     return next((n.rpartition(":")[2].rpartition(".")[2] for n, w in zip(names, weights, strict=False) if w == 0), None)
 

@@ -107,16 +107,19 @@ def house_defaults(explicit: dict[str, Any]) -> dict[str, Any]:
     return defaults
 
 
-def check_options(config: Config) -> list[str]:
-    """Impossible combinations among the options every module on a TRL trainer has; one sentence each."""
+def check_options(config: Config, built_in: Iterable[str] = tiny.TINY_MODELS, needs_dataset: bool = True) -> list[str]:
+    """Impossible combinations among the options every module on a TRL trainer has; one sentence each.
+
+    `built_in` names the tiny checkpoints that the module takes.
+    """
     values, problems = config.values, []
     for name in ("model_name_or_path", "dataset_name"):
-        if not values[name]:
+        if not values[name] and (needs_dataset or name != "dataset_name"):
             problems.append(f"--{name} is missing (or --toy for the offline recipe)")
     model, dataset = values["model_name_or_path"], values["dataset_name"]
-    problems += _misspelt("model_name_or_path", model, "tiny-", tiny.TINY_MODELS)
+    problems += _misspelt("model_name_or_path", model, "tiny-", built_in)
     problems += _misspelt("dataset_name", dataset, "toy-", TOY_DATASETS)
-    if model and model not in tiny.TINY_MODELS and looks_like_path(model) and not Path(model).expanduser().is_dir():
+    if model and model not in built_in and looks_like_path(model) and not Path(model).expanduser().is_dir():
         problems.append(f"--model_name_or_path {model}: there is no such folder")
     if dataset and looks_like_path(dataset) and not Path(dataset).expanduser().exists():
         problems.append(f"--dataset_name {dataset}: there is no such file or folder")
@@ -388,6 +391,9 @@ class RunCallback(TrainerCallback):
         "completions/mean_length",
         "eval_reward",
         "eval_sampled_reward",
+        "itm_accuracy",
+        "eval_vqa_accuracy",
+        "eval_vqa_accuracy_blind",
     )
 
     def __init__(self, run: RunDirectory, trainer: Trainer) -> None:
@@ -578,7 +584,7 @@ def write_model_card(run: RunDirectory, trainer: Trainer, job: Job, splits: Spli
         f"| {name} | {block['before'][name]:.4f} | {block['after'][name]:.4f} | {block['n'][name]} |"
         for name in block["after"]
     ]
-    on_hub = job.name not in tiny.TINY_MODELS and not loading.is_local(job.name)
+    on_hub = not job.name.startswith("tiny-") and not loading.is_local(job.name)
     card = CARD.format(
         library="peft" if run.summary["model"]["peft"] else "transformers",
         module=run.module.name,

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from llmcore_hf.data.formats import FieldProblem
 from llmcore_hf.data.preparing import (
     ASKS,
     FILE,
     KEY,
     LINE,
+    META,
     PROBLEMS,
     PROMPT_KEY,
     ROW,
 )
 from llmcore_hf.data.problems import Problem, place_of
+from llmcore_hf.data.reading import image_feature
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -68,6 +72,20 @@ def of_rows(split: Split) -> Iterator[Problem]:
     for index in np.flatnonzero(~split.column(PROBLEMS, valid=True)):
         for found in json.loads(split.rows.data.column(PROBLEMS)[int(index)].as_py()):
             yield split.problem(index, **found)
+
+
+RowCheck = Callable[[dict[str, Any]], Iterable[FieldProblem]]  # what is wrong with a converted row, images not decoded
+
+
+def of_each(split: Split, check: RowCheck) -> Iterator[Problem]:
+    """What a module finds in each row that is still good."""
+    rows = split.rows.remove_columns(list(META))
+    for column, feature in split.rows.features.items():
+        if (encoded := image_feature(feature, decode=False)) is not None:
+            rows = rows.cast_column(column, encoded)  # the check decodes, and tells what it cannot decode
+    for index in np.flatnonzero(split.good):
+        for found in check(rows[int(index)]):
+            yield split.problem(index, **asdict(found))
 
 
 def duplicates(split: Split) -> Iterator[Problem]:

@@ -15,7 +15,7 @@ from trl import ScriptArguments
 
 from llmcore_hf import distributed, registry
 from llmcore_hf.data import auditing, formats, preparing
-from llmcore_hf.data.auditing import LengthLimit, Split
+from llmcore_hf.data.auditing import LengthLimit, RowCheck, Split
 from llmcore_hf.data.formats import Format
 from llmcore_hf.data.preparing import KEY, META, PROMPT_KEY
 from llmcore_hf.data.problems import DROP, KEEP, POLICIES, STOP, BadData, Problem, Report, ways_out
@@ -120,11 +120,13 @@ def load(
     chooses_best: bool = False,
     limit: LengthLimit | None = None,
     bad_rows_file: Path | None = None,
+    row_check: RowCheck | None = None,
 ) -> Splits:
     """Load the dataset that `args` names for a `task`: `sft`, `preference`, or `prompt`, which any dataset with prompts suits.
 
     With `chooses_best` (`--load_best_model_at_end`) validation rows are never the test rows: what was chosen on them
-    could not be reported on them. Problems are written to `bad_rows_file`, one JSON object per line.
+    could not be reported on them. Problems are written to `bad_rows_file`, one JSON object per line. `row_check` finds what
+    only the module knows to be wrong with a converted row.
 
     Raises:
         UserError: it cannot be read, or has another format than the task needs.
@@ -145,7 +147,7 @@ def load(
             if name in names.values()
         }
     report = Report()
-    report.add(find_problems(splits, names["train"], opened.name, limit, args.on_bad_rows == KEEP))
+    report.add(find_problems(splits, names["train"], opened.name, limit, args.on_bad_rows == KEEP, row_check))
     judge(report, opened.name, args.on_bad_rows, bad_rows_file)
     if args.on_bad_rows == KEEP:
         for split in splits.values():
@@ -256,7 +258,12 @@ def _named_splits(args: DataArguments, sources: dict[str, Source]) -> dict[str, 
 
 
 def find_problems(
-    splits: dict[str, Split], train: str, source: str, limit: LengthLimit | None, kept: bool = False
+    splits: dict[str, Split],
+    train: str,
+    source: str,
+    limit: LengthLimit | None,
+    kept: bool = False,
+    row_check: RowCheck | None = None,
 ) -> Iterator[Problem]:
     """Everything that is wrong with the splits; rows with problems are no longer `good` afterwards.
 
@@ -264,6 +271,8 @@ def find_problems(
     """
     for split in splits.values():
         yield from auditing.of_rows(split)
+        if row_check is not None:
+            yield from auditing.of_each(split, row_check)
     for split in splits.values():
         yield from auditing.duplicates(split)
         yield from auditing.swapped(split, source)

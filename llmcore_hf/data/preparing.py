@@ -237,9 +237,10 @@ def _known_about(converted: Row, others: Row | None = None) -> Row:
         converted.get("messages", [])[len(turns) :]
     ]
     key, n_bytes = _hash((others or {}) | converted), _size(prompt) + _size(converted.get("tools"))
+    images = [converted[name] for name in IMAGE_COLUMNS if name in converted]  # one question, two images: two prompts
     return {
         KEY: key,
-        PROMPT_KEY: key if prompt is None else _hash(prompt),
+        PROMPT_KEY: key if prompt is None else _hash([prompt, *images] if images else prompt),
         PROMPT_BYTES: n_bytes,
         PROMPT_TURNS: len(turns),
         ROW_BYTES: n_bytes + max(map(_size, answers)),

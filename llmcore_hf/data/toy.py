@@ -15,6 +15,9 @@ import random
 from itertools import combinations, combinations_with_replacement, permutations
 from typing import TYPE_CHECKING
 
+from llmcore_hf.data.digits import toy_digits
+from llmcore_hf.data.shapes import toy_shapes, toy_shapes_few_shot
+
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
@@ -154,6 +157,9 @@ TOY_DATASETS = {
     "toy-sort-preference": toy_sort_preference,
     "toy-sort-noisy-preference": toy_sort_noisy_preference,
     "toy-sort-prompt": toy_sort_prompt,
+    "toy-shapes": toy_shapes,
+    "toy-shapes-few-shot": toy_shapes_few_shot,
+    "toy-digits": toy_digits,
 }
 
 

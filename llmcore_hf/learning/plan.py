@@ -12,6 +12,7 @@ from pathlib import Path
 from llmcore_hf import registry, resources
 from llmcore_hf.durability import write_atomically
 from llmcore_hf.errors import UserError
+from llmcore_hf.learning import exercise
 from llmcore_hf.learning.texts import LANGUAGES, Parser, Text, read_yaml
 from llmcore_hf.registry import Module
 
@@ -97,6 +98,7 @@ WORDS = {
     },
     "level": {"zh": "### Level {level}：{title} ({modules})", "en": "### Level {level}: {title} ({modules})"},
     "evidence": {"zh": "运行证据：", "en": "Evidence from runs: "},
+    "exercises": {"zh": "手撕：{links}", "en": "Exercises: {links}"},
     "pending": {"zh": "（尚未加入：{names}）", "en": " (not there yet: {names})"},
 }
 
@@ -134,8 +136,15 @@ def levels_list(language: str) -> str:
         evidence = WORDS["evidence"][language] + ", ".join(f"`{name}`" for name in required)
         pending = WORDS["pending"][language].format(names=missing) if missing else ""
         boxes = [f"- [ ] {text[language]}" for text in level.checkpoints]
-        parts.append("\n".join([head, "", *boxes, "", evidence + pending]))
+        parts.append("\n".join([head, "", *boxes, "", evidence + pending, "", _exercises(level.level, language)]))
     return "\n\n".join(parts)
+
+
+def _exercises(level: int, language: str) -> str:
+    page = "README.md" if language == "zh" else f"README.{language}.md"
+    found = [e for e in exercise.load_all().values() if e.level == level]
+    links = ", ".join(f"[{e.title[language]}](learning/exercises/{e.id}/{page})" for e in found)
+    return WORDS["exercises"][language].format(links=links)
 
 
 GENERATED = {"daily": daily_list, "days": days_table, "levels": levels_list}

@@ -10,12 +10,12 @@ import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llmcore_hf import registry, resources
+from llmcore_hf import registry
 from llmcore_hf.durability import write_atomically
 from llmcore_hf.errors import ConfigError, UserError
-from llmcore_hf.learning import evidence, items, plan, quiz, state
+from llmcore_hf.learning import evidence, exercise, items, plan, quiz, state
 from llmcore_hf.learning.evidence import SUMMARY, Run
-from llmcore_hf.learning.texts import Parser, read_yaml
+from llmcore_hf.learning.texts import Parser
 
 WORDS = {
     "title": {"zh": "# 进度", "en": "# Progress"},
@@ -36,7 +36,10 @@ WORDS = {
         "zh": "测验 {n} 题（`python scripts/quiz.py --level {level}`）",
         "en": "{n} quiz items (`python scripts/quiz.py --level {level}`)",
     },
-    "lack_exercise": {"zh": "手撕 {names}", "en": "exercises {names}"},
+    "lack_exercise": {
+        "zh": "手撕 {names}（`python scripts/exercise.py show {first}`）",
+        "en": "exercises {names} (`python scripts/exercise.py show {first}`)",
+    },
     "next": {"zh": "下一步：`{command}`", "en": "Next: `{command}`"},
     "none": {
         "zh": "还没有通过任何一关，不能发证书。`python scripts/progress.py` 说明还差什么。",
@@ -70,12 +73,8 @@ def counted(module: str) -> Run | None:
 
 
 def exercises() -> dict[str, int]:
-    """Exercise -> its level, from `learning/exercises/<id>/exercise.yaml`."""
-    try:
-        folder = resources.path("learning/exercises")
-    except FileNotFoundError:
-        return {}
-    return {file.parent.name: int(read_yaml(file)["level"]) for file in sorted(folder.glob("*/exercise.yaml"))}
+    """Exercise -> its level."""
+    return {name: found.level for name, found in exercise.load_all().items()}
 
 
 @dataclass
@@ -104,7 +103,7 @@ class LevelProgress:
             left = self.quiz_all - self.quiz_right
             found.append(WORDS["lack_quiz"][language].format(n=left, level=self.level))
         if missing := [name for name, passed in self.exercises.items() if not passed]:
-            found.append(WORDS["lack_exercise"][language].format(names=", ".join(missing)))
+            found.append(WORDS["lack_exercise"][language].format(names=", ".join(missing), first=missing[0]))
         return found
 
 
@@ -186,6 +185,8 @@ def _next_command(progress: Progress) -> str | None:
                 return f"python run.py --module {name} --toy"
         if level.quiz_right < level.quiz_all:
             return f"python scripts/quiz.py --level {level.level}"
+        if missing := [name for name, passed in level.exercises.items() if not passed]:
+            return f"python scripts/exercise.py show {missing[0]}"
     return None
 
 

@@ -16,6 +16,8 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -83,15 +85,25 @@ def cache_dir() -> Path:
 def ensure(name: str) -> Path:
     """Folder of the tiny checkpoint `name`, made first when it is missing or damaged.
 
-    Safe against a kill (the folder appears by one rename) and against two processes at once (a file lock).
-
     Raises:
         KeyError: `name` is not in `TINY_MODELS`.
+        UserError: the cache cannot be written.
+    """
+    spec = TINY_MODELS[name]
+    return cached(f"{name}-{_fingerprint(spec)}", lambda folder: _make(name, spec, folder))
+
+
+def cached(name: str, make: Callable[[Path], None]) -> Path:
+    """Folder `name` of the cache, whole; `make(folder)` makes it when it is missing or damaged.
+
+    Safe against a kill (the folder appears by one rename, see `whole`) and against two processes at once (a file lock).
+
+    Raises:
+        UserError: the cache cannot be written.
     """
     from filelock import FileLock
 
-    spec = TINY_MODELS[name]
-    folder = cache_dir() / "models" / f"{name}-{_fingerprint(spec)}"
+    folder = cache_dir() / "models" / name
     if _is_intact(folder):
         return folder
     try:
@@ -108,8 +120,18 @@ def ensure(name: str) -> Path:
         if folder.exists():
             print(f"The cached checkpoint {folder} is damaged; making it again.", file=sys.stderr)
             shutil.rmtree(folder)
-        _make(name, spec, folder)
+        make(folder)
     return folder
+
+
+@contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """A temporary folder to build a checkpoint in; at the end it gets its manifest and is renamed to `folder`."""
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        build = Path(scratch) / "checkpoint"
+        yield build
+        (build / "manifest.json").write_text(json.dumps(_digests(build), indent=1))
+        os.replace(build, folder)
 
 
 def _fingerprint(spec: TinyModel) -> str:
@@ -128,17 +150,13 @@ def _fingerprint(spec: TinyModel) -> str:
 
 
 def _make(name: str, spec: TinyModel, folder: Path) -> None:
-    """Build the checkpoint in a temporary folder beside its final place, then rename it into place."""
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:
-        build = Path(scratch) / "checkpoint"
+    with whole(folder) as build:
         tokenizer = make_tokenizer()
         model = make_model(spec.architecture, tokenizer, spec.seed)
         if spec.warm_start_steps:
             _warm_start(name, spec, model, tokenizer)
         model.save_pretrained(build)
         tokenizer.save_pretrained(build)
-        (build / "manifest.json").write_text(json.dumps(_digests(build), indent=1))
-        os.replace(build, folder)
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -156,8 +174,13 @@ def _is_intact(folder: Path) -> bool:
         return False
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer, trained here; any text round-trips because every byte is a token.
+def make_tokenizer(
+    corpus: Iterable[str] | None = None,
+    vocab_size: int = VOCAB_SIZE,
+    more_special: tuple[str, ...] = (),
+    chat_template: str = CHAT_TEMPLATE,
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer, trained here on `corpus` (the toy prompts); any text round-trips.
 
     Digits are never merged: the task works on single digits. Pad and end-of-turn are different tokens, so
     masking the padding never masks the end of a turn.
@@ -171,20 +194,20 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=[PAD, USER_START, EOS],
+        vocab_size=vocab_size,
+        special_tokens=[PAD, USER_START, EOS, *more_special],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(toy.tokenizer_corpus(), trainer)
+    tokenizer.train_from_iterator(toy.tokenizer_corpus() if corpus is None else corpus, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
         eos_token=EOS,
-        additional_special_tokens=[USER_START],
+        additional_special_tokens=[USER_START, *more_special],
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template,
     )
 
 
@@ -242,7 +265,7 @@ def _warm_start(name: str, spec: TinyModel, model: PreTrainedModel, tokenizer: P
 
     n_prompts = spec.batch_size * 50
     pairs = toy.undecided_corpus(n_prompts)
-    input_ids, labels = _encode(pairs, tokenizer)
+    input_ids, labels = encode_pairs(pairs, tokenizer)
     generator = torch.Generator().manual_seed(spec.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=spec.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, spec.warm_start_steps)
@@ -262,7 +285,7 @@ def _warm_start(name: str, spec: TinyModel, model: PreTrainedModel, tokenizer: P
     model.eval()
 
 
-def _encode(pairs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast):
+def encode_pairs(pairs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast):
     """Token ids and labels of the pairs, both `(N, T)`; prompt and padding are -100 in the labels.
 
     Padding stands on the right: GPT-2 counts positions from the left, padding included.

@@ -83,7 +83,8 @@ class PPOConfig(TrainingArguments):
     entropy_coef: float = option(0.0, "Weight of the entropy bonus.")
     target_kl: float | None = option(
         None,
-        "Make no further optimizer steps on a rollout once the policy has moved this far (approximate KL per token).",
+        "Make no further optimizer steps on a rollout after one that found the policy this far from where it sampled "
+        "(approximate KL per token).",
     )
 
     share_backbone: bool = option(

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
@@ -72,6 +73,9 @@ class PolicyAndValue(nn.Module):
         """The models whose layers are trained."""
         return [self.policy]
 
+    def mark_trainable(self) -> None:
+        """Let exactly what is trained require a gradient, whoever has looked at the model in between."""
+
     @property
     def has_adapters(self) -> bool:
         return hasattr(self.policy, "peft_config")
@@ -79,6 +83,7 @@ class PolicyAndValue(nn.Module):
     def in_checkpoint(self) -> set[str]:
         """Weights in the `model.safetensors` of a checkpoint: with adapters all that are trained, else the policy's."""
         if self.has_adapters:
+            self.mark_trainable()
             return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         return {name for name in self.state_dict() if name.startswith(POLICY_PREFIX)}
 
@@ -175,10 +180,10 @@ class SharedBackbone(PolicyAndValue):
         self.value_head = nn.Linear(policy.config.get_text_config().hidden_size, 1, device=weight.device)
         for parameter in self.value_head.parameters():
             nn.init.zeros_(parameter)  # every value is 0 before the first update
-        self._train_both()
+        self.mark_trainable()
 
-    def _train_both(self) -> None:
-        # PEFT freezes an adapter that is not active
+    def mark_trainable(self) -> None:
+        # PEFT freezes an adapter that is not active, also when `disable_adapter` puts the active one back
         self.policy.set_requires_grad(["default", VALUE], True)
 
     @contextmanager
@@ -188,7 +193,7 @@ class SharedBackbone(PolicyAndValue):
             yield
         finally:
             self.policy.set_adapter("default")
-            self._train_both()
+            self.mark_trainable()
 
     def values(self, input_ids: Tensor, attention_mask: Tensor, n_completion: int) -> Tensor:
         with self.value_adapter():
@@ -242,6 +247,8 @@ def completion_logprobs(
         use_cache=False,
         **more,
     ).logits[:, -n_completion - 1 : -1]  # (B, T, V)
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()  # in half precision the two functions below differ
     tokens = input_ids[:, -n_completion:]
     if with_entropy:
         return selective_log_softmax_and_entropy(logits, tokens, temperature=temperature)

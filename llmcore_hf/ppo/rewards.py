@@ -80,7 +80,7 @@ class Scorer:
             )
             if inspect.iscoroutine(values):
                 values = asyncio.run(values)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             what = f"{type(error).__name__}: {error}"
             raise RewardError(f"reward function `{self.name}` failed on {batch.name}: {what}") from error
         return self._checked(values, batch)
@@ -163,7 +163,8 @@ def make_scorers(
     """Scorers of one reward function or several: callables, sequence classifiers, or ids and paths of such.
 
     Raises:
-        ValueError: there is none, or the number of weights or tokenizers is another.
+        ValueError: there is none, the number of weights or tokenizers is another, or a model has not one label.
+        RewardError: two have the same name.
     """
     funcs = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
     weights = weights if weights is not None else [1.0] * len(funcs)
@@ -173,7 +174,13 @@ def make_scorers(
             f"{len(funcs)} reward functions, {len(weights)} reward_weights, {len(tokenizers)} reward_processing_classes: "
             "there must be one of each, and at least one function"
         )
-    return [_make_scorer(*parts) for parts in zip(funcs, weights, tokenizers, strict=True)]
+    scorers = [_make_scorer(*parts) for parts in zip(funcs, weights, tokenizers, strict=True)]
+    names = [scorer.name for scorer in scorers]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise RewardError(
+            f"two rewards are called `{twice[0]}`, and both would be logged under that name: rename one of them"
+        )
+    return scorers
 
 
 def _make_scorer(func: Any, weight: float, tokenizer: PreTrainedTokenizerBase | None) -> Scorer:
@@ -184,6 +191,10 @@ def _make_scorer(func: Any, weight: float, tokenizer: PreTrainedTokenizerBase | 
             raise ValueError(f"a reward function is a callable, a sequence classifier or its path, not {func!r}")
         return Scorer(getattr(func, "__name__", type(func).__name__), func, weight)
     path = func.config.name_or_path
+    if func.config.num_labels != 1:
+        raise ValueError(
+            f"the reward model {path} has {func.config.num_labels} labels: it must be a classifier with one"
+        )
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(path)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -91,7 +91,7 @@ class PPOTrainer(Trainer):
             adapter on the same base weights, and the reference is the base itself.
         value_model: critic, a token classifier with one label, or its id or path. When not given, it starts as a copy of
             the policy's backbone with a head of zeros.
-        ref_model: reference of the KL penalty. When not given, the policy as it is at the start.
+        ref_model: reference of the KL penalty, or its id or path. When not given, the policy as it is at the start.
 
     Source: Schulman et al. (2017) for the method, Ziegler et al. (2019) and Ouyang et al. (2022) for language models.
     """
@@ -113,7 +113,7 @@ class PPOTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: PeftConfig | None = None,
         value_model: str | PreTrainedModel | None = None,
-        ref_model: PreTrainedModel | None = None,
+        ref_model: str | PreTrainedModel | None = None,
     ) -> None:
         args = args or PPOConfig("trainer_output")
         for name, dataset in _datasets(train_dataset, eval_dataset):
@@ -225,6 +225,11 @@ class PPOTrainer(Trainer):
         self._began, self._episodes_before = time.perf_counter(), self._episodes
         return super().train(resume_from_checkpoint=found or None, **kwargs)
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's optimizer over all that is trained, also when the model was used before `train`."""
+        self.model.mark_trainable()
+        return super().create_optimizer(*args, **kwargs)
+
     # ------------------------------------------------------------ one optimizer step
 
     def training_step(self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Any = None) -> Tensor:
@@ -320,7 +325,10 @@ class PPOTrainer(Trainer):
         adjusted, bootstrap = self._at_the_end(score, ended, values.gather(1, mask.sum(1, keepdim=True)).squeeze(1))
         values = values[:, :-1] * mask
 
+        measured: dict[str, Tensor] = {}
         kl = kl_k1(logprobs, ref_logprobs) * mask
+        if self.kl_controller.value:  # without a reference the KL is not known
+            measured = {"objective/kl": kl.sum(1), "objective/kl_k3": (kl_k3(logprobs, ref_logprobs) * mask).sum(1)}
         rewards = token_rewards(adjusted, kl, self.kl_controller.value, mask)
         if args.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False, reduce=self._sum)
@@ -329,8 +337,7 @@ class PPOTrainer(Trainer):
         penalty = self.kl_controller.value * kl.sum(1)
         self._log_rollout(
             {
-                "objective/kl": kl.sum(1),
-                "objective/kl_k3": (kl_k3(logprobs, ref_logprobs) * mask).sum(1),
+                **measured,
                 "objective/entropy": -logprobs.sum(1),
                 "objective/non_score_reward": -penalty,
                 "objective/rlhf_reward": adjusted - penalty,
@@ -364,7 +371,7 @@ class PPOTrainer(Trainer):
             ]
         else:
             prompt_ids = tokenizer(prompts)["input_ids"]
-        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
+        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model, self.accelerator.autocast():
             size = self.args.local_rollout_forward_batch_size
             completion_ids = generate(model.policy, prompt_ids, config, size, self.accelerator.device)
         texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
@@ -410,7 +417,7 @@ class PPOTrainer(Trainer):
         logprobs, entropies, ref_logprobs = (torch.zeros(n, t, device=device) for _ in range(3))
         values = torch.zeros(n, t + 1, device=device)
         model = self.accelerator.unwrap_model(self.model_wrapped)
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():  # in the precision of the update, or the first ratio is not 1
             for rows in sequences.by_length(torch.arange(n, device=device), self.args.local_rollout_forward_batch_size):
                 inputs, own = sequences.select(rows)
                 mask = sequences.mask[rows, :own]
@@ -500,7 +507,8 @@ class PPOTrainer(Trainer):
         for name, value in {**means, **self._take_reported()}.items():
             if not math.isnan(value):  # no function had a word to say, or no return differed
                 self._rollout_means[name].append(value)
-        self.kl_controller.update(means["objective/kl"], n)
+        if "objective/kl" in means:
+            self.kl_controller.update(means["objective/kl"], n)
 
     def _take_reported(self) -> dict[str, float]:
         """Means over all processes of what reward functions logged; not every process need have logged every name."""
@@ -614,7 +622,9 @@ def _reference(model: Any, ref_model: Any, peft_config: Any, args: PPOConfig, lo
     """A frozen model, or None where it is not needed or is the policy's base itself."""
     if args.kl_coef == 0 or (ref_model is None and peft_config is not None):
         return None
-    if ref_model is None:
+    if isinstance(ref_model, str):
+        ref_model = create_model_from_path(ref_model, trust_remote_code=args.trust_remote_code)
+    elif ref_model is None:
         ref_model = _loaded_again(load, "ref_model") if is_deepspeed_zero3_enabled() else copy.deepcopy(model)
     return ref_model.eval().requires_grad_(False)
 

@@ -1,0 +1,124 @@
+"""Worker processes of a systems lesson: started here, on this machine, and gone when the lesson is.
+
+The lesson itself stays one process. It starts workers, each with `torch.distributed` set up, and gets back what they return.
+They meet at a key-value store that the lesson keeps on a port the system chose, so that no port can be taken.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from llmcore_hf.errors import UserError
+
+HOST = "127.0.0.1"
+# Imported once, by the server that forks the workers: they start in a tenth of a second, not in five.
+PRELOAD = ["llmcore_hf.systems.data_parallel", "transformers.models.qwen3.modeling_qwen3"]
+
+
+class WorkerFailed(UserError):
+    """A worker ended before its work was done; the others have been stopped."""
+
+
+def launch(work: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300) -> list[Any]:
+    """Run `work(*args)` in `world_size` new processes that form one gloo process group on the loopback interface.
+
+    Args:
+        work: a function at the top level of a module. What it returns is tensors and plain data.
+        timeout: seconds after which the workers are stopped, and after which a collective gives up.
+
+    Returns:
+        what each worker returned, by rank.
+
+    Raises:
+        WorkerFailed: a worker died, or they took longer than `timeout`.
+        torch.multiprocessing.ProcessRaisedException: `work` raised; the message holds the worker's traceback.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
+    store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+    with tempfile.TemporaryDirectory(prefix="llmcore-workers-") as folder:
+        context = torch.multiprocessing.start_processes(
+            _worker,
+            args=(work, world_size, store.port, folder, timeout, args),
+            nprocs=world_size,
+            join=False,
+            start_method="forkserver",
+        )
+        _join(context, time.monotonic() + timeout, timeout)
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
+
+
+def _join(context: torch.multiprocessing.ProcessContext, deadline: float, timeout: float) -> None:
+    """Wait for the workers; whatever happens, none is left behind."""
+    try:
+        while not context.join(timeout=1, grace_period=1):
+            if time.monotonic() > deadline:
+                raise WorkerFailed(f"the {len(context.processes)} workers were stopped: no result after {timeout:g} s")
+    except torch.multiprocessing.ProcessExitedException as error:
+        raise WorkerFailed(
+            f"worker {error.error_index} of {len(context.processes)} ended before its work was done "
+            f"({error.signal_name or f'exit code {error.exit_code}'}); the others were stopped. "
+            "SIGKILL often means that the machine ran out of memory"
+        ) from None
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+
+def _worker(
+    rank: int,
+    work: Callable[..., Any],
+    world_size: int,
+    port: int,
+    folder: str,
+    timeout: float,
+    args: tuple[Any, ...],
+) -> None:
+    # At once, by the system: Python's own handlers would wait for a collective that never ends.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    rank_of = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    os.environ |= {name: str(value) for name, value in rank_of.items()}
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback_interface())
+    limit = timedelta(seconds=timeout)
+    store = dist.TCPStore(HOST, port, is_master=False, timeout=limit)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
+    result = work(*args)
+    torch.save(result, Path(folder) / f"{rank}.pt")
+    dist.barrier()  # nobody leaves while another still waits for a message
+    dist.destroy_process_group()
+
+
+def _leave_with_parent() -> None:
+    """End this process when the lesson's has ended, however that came about.
+
+    The kernel's signal for this (`PR_SET_PDEATHSIG`) does not help: the parent is the server that forked this process, and
+    it lives as long as its children.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def loopback_interface() -> str:
+    """Name of the loopback interface: `lo` on Linux, `lo0` on macOS."""
+    import socket
+
+    return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")

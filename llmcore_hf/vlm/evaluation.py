@@ -1,0 +1,139 @@
+"""Held-out evaluation of vision-language models: generated answers, with the right image, another one, and none.
+
+The blind baseline: whoever answers as well from another row's image, or from a blank one, has not looked. Accuracy counts
+only as far as it exceeds that.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from llmcore_hf.alignment.evaluation import Answers, generate_from
+from llmcore_hf.vlm.data import answer_of, is_caption
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from datasets import Dataset
+    from transformers import Trainer
+
+    from llmcore_hf.vlm.training import VisionJob
+
+Row = dict[str, Any]
+BLIND = ("shuffled", "blank")
+
+
+def blind(rows: Sequence[Row], how: str) -> list[Row]:
+    """The same questions with the images of other rows, in a fixed random order, or with gray ones of the same size."""
+    from PIL import Image
+
+    assert how in BLIND
+    if how == "shuffled":
+        order = list(range(len(rows)))
+        random.Random(0).shuffle(order)
+        return [{**row, "images": rows[i]["images"]} for row, i in zip(rows, order, strict=True)]
+    gray = (128, 128, 128)
+    return [{**row, "images": [Image.new("RGB", image.size, gray) for image in row["images"]]} for row in rows]
+
+
+def encode_prompts(processor: Any, rows: Sequence[Row]) -> Any:
+    """Padded prompts of the rows, ready for `generate`: padding stands on the left."""
+    from trl.data_utils import prepare_multimodal_messages
+
+    prompts = [prepare_multimodal_messages(row["prompt"], images=row["images"]) for row in rows]
+    texts = [processor.apply_chat_template(p, add_generation_prompt=True, tokenize=False) for p in prompts]
+    options = {"padding": True, "padding_side": "left", "return_tensors": "pt", "add_special_tokens": False}
+    inputs = processor(images=[row["images"] for row in rows], text=texts, **options)
+    return padded(inputs, "left")
+
+
+def padded(batch: Any, side: Literal["left", "right"]) -> Any:
+    """The batch with all its padding on one side. BLIP-2's processor puts image tokens before the padding on the left."""
+    mask = batch["attention_mask"]  # (B, T)
+    order = torch.argsort(mask if side == "left" else 1 - mask, dim=1, stable=True)
+    for name in ("input_ids", "attention_mask", "labels"):
+        if name in batch:
+            batch[name] = batch[name].gather(1, order)
+    return batch
+
+
+def generate(
+    model: Any, processor: Any, rows: Sequence[Row], max_new_tokens: int, batch_size: int, accelerator: Accelerator
+) -> Answers:
+    """Greedy answers to the prompts of the rows, in their order."""
+
+    def encode(numbers: list[int]) -> Any:
+        return encode_prompts(processor, [rows[i] for i in numbers])
+
+    return generate_from(model, processor.tokenizer, len(rows), encode, max_new_tokens, batch_size, accelerator)
+
+
+@dataclass
+class HeldOut:
+    """Held-out rows that are asked before and after training, and how.
+
+    Attributes:
+        rows: rows of the test split, decoded.
+        hard: rows of a harder split, reported beside; may be empty.
+    """
+
+    rows: list[Row]
+    hard: list[Row]
+    max_new_tokens: int
+    batch_size: int
+    answers: list[str] = field(init=False)  # to `rows`, of the last measurement
+
+    @classmethod
+    def of(cls, test: Dataset, hard: Dataset | None, n: int, max_new_tokens: int, batch_size: int) -> HeldOut:
+        return cls([*test.select(range(min(n, len(test))))], [*hard] if hard else [], max_new_tokens, batch_size)
+
+    def ask(self, rows: list[Row], trainer: Trainer, job: VisionJob) -> Answers:
+        """What the model answers to the rows."""
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        return generate(model, job.processor, rows, self.max_new_tokens, self.batch_size, trainer.accelerator)
+
+    def measure(self, trainer: Trainer, job: VisionJob) -> dict[str, list[float]]:
+        """Per metric one value for each of its rows. `vqa_accuracy/shuffled` and `/blank` are the blind baselines."""
+
+        answers = self.ask(self.rows, trainer, job)
+        self.answers = answers.texts
+        metrics = _by_kind(self.rows, answers.texts)
+        questions = [row for row in self.rows if not is_caption(row)]
+        for how in BLIND:
+            metrics[f"vqa_accuracy/{how}"] = scores(questions, self.ask(blind(questions, how), trainer, job).texts)
+        if self.hard:
+            hard = _by_kind(self.hard, self.ask(self.hard, trainer, job).texts)
+            metrics |= {f"hard/{name}": values for name, values in hard.items()}
+        metrics["completions/terminated"] = [float(ended) for ended in answers.terminated]
+        return metrics
+
+
+def scores(rows: Sequence[Row], answers: Sequence[str]) -> list[float]:
+    """1 for each answer that equals the reference, else 0."""
+    from llmcore_hf.metrics import ExactMatch
+
+    references = [answer_of(row).strip() for row in rows]
+    return ExactMatch().compute(predictions=list(answers), references=references)["scores"]
+
+
+def _by_kind(rows: Sequence[Row], answers: Sequence[str]) -> dict[str, list[float]]:
+    """Accuracy of the answers to questions and, apart, of the descriptions."""
+    all_scores = scores(rows, answers)
+    captions = [is_caption(row) for row in rows]
+    kinds = {"vqa_accuracy": False, "caption_accuracy": True}
+    found = {name: [s for s, c in zip(all_scores, captions, strict=True) if c is kind] for name, kind in kinds.items()}
+    return {name: values for name, values in found.items() if values}
+
+
+def answers_right(model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> list[bool]:
+    """For each row: whether every token with a label, (B, T), is the likeliest one after those before it.
+
+    That is so exactly when greedy decoding would give this answer, and costs one forward pass.
+    """
+    labels = labels[:, 1:]
+    logits = model(**inputs).logits[:, :-1]  # (B, T-1, V)
+    return ((logits.argmax(-1) == labels) | (labels == -100)).all(dim=1).tolist()

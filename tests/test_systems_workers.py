@@ -1,0 +1,123 @@
+"""Worker processes: what they return, what happens when one fails, and that none is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from conftest import ROOT
+
+from llmcore_hf.systems import workers
+from llmcore_hf.systems.workers import WorkerFailed
+
+pytestmark = pytest.mark.slow
+
+
+def add_up(x: torch.Tensor) -> dict[str, Any]:
+    total = x + dist.get_rank()
+    dist.all_reduce(total)
+    return {"rank": dist.get_rank(), "size": dist.get_world_size(), "total": total, "env": os.environ["WORLD_SIZE"]}
+
+
+def raise_in_rank_1() -> None:
+    if dist.get_rank() == 1:
+        raise ValueError("rank 1 does not like this")
+    dist.barrier()
+
+
+def die_in_rank_1() -> None:
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+
+
+def wait_for_ever() -> None:
+    if dist.get_rank() == 0:
+        dist.recv(torch.zeros(1), src=1)
+    time.sleep(3600)
+
+
+def workers_below(pid: int) -> list[psutil.Process]:
+    """The workers: children of the server that forks them, which is itself a child of `pid`. What has just ended is left out."""
+    found = []
+    for server in psutil.Process(pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += server.children()
+    return found
+
+
+def no_worker_lives() -> bool:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        if not workers_below(os.getpid()):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_workers_form_one_group_and_what_they_return_comes_by_rank() -> None:
+    found = workers.launch(add_up, 3, torch.tensor([1.0, 2.0]))
+    assert [f["rank"] for f in found] == [0, 1, 2] and {f["size"] for f in found} == {3}
+    assert all(torch.equal(f["total"], torch.tensor([6.0, 9.0])) and f["env"] == "3" for f in found)
+    assert no_worker_lives()
+
+
+def test_what_a_worker_raises_is_raised_with_its_traceback_and_the_others_end() -> None:
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="rank 1 does not like this"):
+        workers.launch(raise_in_rank_1, 2)
+    assert no_worker_lives()
+
+
+def test_a_killed_worker_ends_the_others_within_seconds() -> None:
+    start = time.monotonic()
+    with pytest.raises(WorkerFailed, match=r"worker 1 of 2 .*SIGKILL"):
+        workers.launch(die_in_rank_1, 2)
+    assert time.monotonic() - start < 60 and no_worker_lives()
+
+
+def test_workers_that_hang_are_stopped() -> None:
+    with pytest.raises(WorkerFailed, match="no result after 3 s"):
+        workers.launch(wait_for_ever, 2, timeout=3)
+    assert no_worker_lives()
+
+
+LESSON = """
+import sys
+sys.path.insert(0, {tests!r})
+from llmcore_hf.systems import workers
+from test_systems_workers import wait_for_ever
+if __name__ == "__main__":
+    print("started", flush=True)
+    workers.launch(wait_for_ever, 2)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
+def test_workers_end_with_the_process_that_started_them(tmp_path, number: signal.Signals) -> None:
+    script = tmp_path / "lesson.py"
+    script.write_text(LESSON.format(tests=str(ROOT / "tests")))
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    process = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env
+    )
+    deadline = time.monotonic() + 150
+    while len(found := workers_below(process.pid)) < 2:
+        assert time.monotonic() < deadline and process.poll() is None, "the workers did not start"
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(number)
+    process.wait(timeout=30)
+    _, alive = psutil.wait_procs(found, timeout=30)
+    for orphan in alive:
+        orphan.kill()
+    assert not alive

@@ -1,0 +1,233 @@
+"""The toy tasks, reading images, and what is wrong with rows that hold them."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import zlib
+from collections import Counter
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from llmcore_hf.data import digits, shapes
+from llmcore_hf.data.loading import DataArguments
+from llmcore_hf.data.problems import BadData
+from llmcore_hf.errors import UserError
+from llmcore_hf.vlm import images
+from llmcore_hf.vlm.data import answer_of, count_marks, is_caption, load_splits, question_of
+from llmcore_hf.vlm.images import BadImage
+
+
+def pairs(triples: list[shapes.Triple]) -> set[tuple[str, str]]:
+    return {pair for triple in triples for pair in combinations(triple, 2)}
+
+
+def test_no_held_out_triple_is_trained_on_and_every_triple_has_one_split() -> None:
+    splits = shapes.split_triples()
+    everything = [triple for triples in splits.values() for triple in triples]
+    assert len(everything) == len(set(everything)) == 6 * 4 * 4
+
+
+def test_held_out_combinations_are_of_known_pairs_and_the_hard_split_of_unknown_ones() -> None:
+    splits = shapes.split_triples()
+    known = pairs(splits["train"])
+    assert pairs(splits["test"]) | pairs(splits["validation"]) <= known
+    hard = {(color, shape) for color, shape, _ in splits["hard"]}
+    assert len(hard) == 4 and not hard & known
+    assert {value for triple in splits["hard"] for value in triple} <= {v for triple in splits["train"] for v in triple}
+
+
+def test_the_task_is_the_same_every_time_and_no_two_pictures_are_equal() -> None:
+    first, again = shapes.pictures("test", 40), shapes.pictures("test", 40)
+    assert [image.tobytes() for image, _ in first] == [image.tobytes() for image, _ in again]
+    assert len({image.tobytes() for image, _ in first}) == 40
+    assert {triple for _, triple in first} == set(shapes.split_triples()["test"])
+
+
+@pytest.mark.parametrize("triple", shapes.split_triples()["test"], ids=" ".join)
+def test_a_picture_shows_its_object_where_it_says(triple: shapes.Triple) -> None:
+    import random
+
+    import numpy as np
+
+    color, _, position = triple
+    pixels = np.asarray(shapes.render([triple], random.Random(0))).astype(int)
+    painted = np.abs(pixels - shapes.COLORS[color]).sum(-1) < 30
+    rows, columns = np.nonzero(painted)
+    assert len(rows) > 20
+    assert ("bottom" if rows.mean() > 15.5 else "top") + (" right" if columns.mean() > 15.5 else " left") == position
+
+
+def test_questions_and_captions() -> None:
+    asked = shapes.questions(("orange", "cross", "top left"))
+    assert asked["caption"] == ("Describe the image.", "an orange cross at the top left")
+    assert {kind: answer for kind, (_, answer) in asked.items() if kind != "caption"} == {
+        "color": "orange",
+        "shape": "cross",
+        "position": "top left",
+    }
+
+
+def test_digits_are_stratified_real_scans() -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn, of the extra `digits`, is not installed")
+    splits = digits.toy_digits()
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 1397, "test": 300, "validation": 100}
+    assert Counter(answer_of(row) for row in splits["test"]) == dict.fromkeys("0123456789", 30)
+    row = splits["train"][0]
+    assert row["images"][0].size == (32, 32) and question_of(row) == "What digit is it?"
+    everything = [row["images"][0].tobytes() for rows in splits.values() for row in rows]
+    assert len(everything) == 1797 and len(set(everything)) > 1790  # a few scans are equal in the source
+
+
+# --- images ---
+
+
+def png(size: tuple[int, int] = (8, 8), mode: str = "RGB") -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, size, 7).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def huge_png() -> bytes:
+    """A PNG whose header says 20,000 x 20,000; it holds no pixels."""
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + png()[33:]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "I;16"])
+def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    (tmp_path / "a.png").write_bytes(png(mode=mode))
+    for source in (str(tmp_path / "a.png"), png(mode=mode), {"bytes": png(mode=mode), "path": None}):
+        image = images.read(source)
+        assert (image.mode, image.size) == ("RGB", (8, 8))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "there is no file"),
+        (b"hello", "not an image"),
+        (b"", "not an image"),
+        (png((64, 64), "RGB")[:60], "damaged or cut off"),
+        (huge_png(), "scale it down"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_reason(tmp_path: Path, content: bytes | None, reason: str) -> None:
+    file = tmp_path / "a.png"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(BadImage, match=reason) as caught:
+        images.read(file)
+    assert str(file) in str(caught.value)
+
+
+def test_the_guard_stands_below_what_pillow_decodes(tmp_path: Path) -> None:
+    assert Image.MAX_IMAGE_PIXELS is not None and images.MAX_PIXELS < Image.MAX_IMAGE_PIXELS
+
+
+# --- datasets of a user ---
+
+
+def write(folder: Path, rows: list[dict]) -> str:
+    (folder / "pictures").mkdir(exist_ok=True)
+    for i in range(6):
+        (folder / "pictures" / f"{i}.png").write_bytes(png((8 + i, 8)))
+    (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / "mine.jsonl")
+
+
+def turns(question, answer: str = "a thing") -> list[dict]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def good_rows(n: int = 6) -> list[dict]:
+    return [{"image": f"pictures/{i}.png", "messages": turns("What is it?", f"thing {i}")} for i in range(n)]
+
+
+def load(name: str, per_row: int | None = None, **options):
+    return load_splits(DataArguments(dataset_name=name, **options), 0, per_row, False, None)
+
+
+FORMATS = {
+    "messages": lambda i: {"image": f"pictures/{i}.png", "messages": turns("What is it?")},
+    "images": lambda i: {"images": [f"pictures/{i}.png"], "messages": turns("What is it?")},
+    "prompt-completion": lambda i: {"image": f"pictures/{i}.png", "prompt": "What is it?", "completion": "a thing"},
+    "parts": lambda i: {
+        "image": f"pictures/{i}.png",
+        "messages": turns([{"type": "image"}, {"type": "text", "text": "What is it?"}]),
+    },
+    "llava": lambda i: {
+        "image": f"pictures/{i}.png",
+        "conversations": [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a thing"}],
+    },
+}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_way_to_write_a_row_is_read_the_same(tmp_path: Path, kind: str) -> None:
+    splits = load(write(tmp_path, [FORMATS[kind](i) for i in range(6)]))
+    assert splits.train.column_names == ["images", "prompt", "completion"]
+    rows = [*splits.train, *splits.test]
+    assert sorted(row["images"][0].size[0] for row in rows) == list(range(8, 14))
+    assert {(question_of(row), answer_of(row), count_marks(row["prompt"])) for row in rows} <= {
+        ("What is it?", "a thing", 0),  # the collator puts the image first
+        ("What is it?", "a thing", 1),
+    }
+    assert not any(is_caption(row) for row in rows)
+
+
+def test_the_same_question_about_two_images_is_no_leak(tmp_path: Path) -> None:
+    splits = load(write(tmp_path, good_rows()))
+    assert len(splits.train) + len(splits.test) == 6 and not splits.report.counts
+
+
+BAD_ROWS = {
+    "no such file": ({"image": "pictures/9.png"}, r"line 3: `image` there is no file .*9\.png"),
+    "no image": ({"image": None}, r"line 3: `images` holds no image"),
+    "more marks than images": ({"messages": turns("<image> and <image>?")}, r"name 2 images, but the row has 1"),
+    "more parts than images": (
+        {"messages": turns([{"type": "image"}, {"type": "image"}, {"type": "text", "text": "?"}])},
+        r"name 2 images, but the row has 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ROWS)
+def test_a_bad_row_is_told_with_its_place(tmp_path: Path, kind: str) -> None:
+    change, reason = BAD_ROWS[kind]
+    rows = good_rows()
+    rows[2] = {**rows[2], **change}
+    with pytest.raises(BadData, match=reason):
+        load(write(tmp_path, rows))
+
+
+def test_truncated_text_and_huge_files_are_told_together(tmp_path: Path) -> None:
+    name = write(tmp_path, good_rows())
+    (tmp_path / "pictures" / "1.png").write_bytes(png((64, 64))[:50])
+    (tmp_path / "pictures" / "3.png").write_text("not an image")
+    (tmp_path / "pictures" / "4.png").write_bytes(huge_png())
+    with pytest.raises(BadData) as caught:
+        load(name)
+    told = str(caught.value).split("\n")
+    for number, reason in ((2, "cut off"), (4, "not an image"), (5, "scale it down")):
+        assert any(f"line {number}: `image`" in line and reason in line for line in told), told
+    splits = load(name, on_bad_rows="drop")
+    assert len(splits.train) + len(splits.test) == 3 and splits.report.rows_dropped == 3
+
+
+def test_two_images_are_refused_where_the_model_takes_one(tmp_path: Path) -> None:
+    rows = [{"images": ["pictures/0.png", "pictures/1.png"], "messages": turns(f"Which? {i}")} for i in range(4)]
+    name = write(tmp_path, rows)
+    assert len(load(name).train) == 3
+    with pytest.raises(BadData, match="holds 2 images, but this model takes 1"):
+        load(name, per_row=1)
+
+
+def test_data_without_images_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no image"):
+        load(write(tmp_path, [{"messages": turns(f"What? {i}")} for i in range(4)]))

@@ -1,0 +1,223 @@
+"""Stages of a training, the blind baseline, generated answers, and questions to real checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from test_toy_runs import losses, run_here
+
+from llmcore_hf import cli
+from llmcore_hf.data import shapes
+from llmcore_hf.vlm import evaluation, tiny
+from llmcore_hf.vlm.data import answer_of
+from llmcore_hf.vlm.training import Stage, StageSampler
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+MODELS = ["llava", "blip2"]
+
+
+def stages(*lengths: int) -> list[Stage]:
+    rows = [range(0, 5), range(5, 12)]
+    return [Stage(str(i), n, 0.1, lambda name: True, rows[i]) for i, n in enumerate(lengths)]
+
+
+def test_every_stage_draws_from_its_rows_and_sees_all_before_any_again() -> None:
+    sampler = StageSampler(stages(3, 4), batch_size=5, seed=1)
+    drawn = list(sampler)
+    assert len(drawn) == len(sampler) == 35
+    assert Counter(drawn[:15]) == dict.fromkeys(range(5), 3)
+    assert set(drawn[15:22]) == set(range(5, 12)) and set(drawn[15:]) == set(range(5, 12))
+    assert drawn == list(sampler) and drawn != list(StageSampler(stages(3, 4), 5, 2))
+
+
+def test_blind_rows_keep_their_questions() -> None:
+    rows = [*shapes.toy_shapes()["test"].select(range(40))]
+    for how in evaluation.BLIND:
+        changed = evaluation.blind(rows, how)
+        assert [row["prompt"] for row in changed] == [row["prompt"] for row in rows]
+    shuffled = evaluation.blind(rows, "shuffled")
+    assert Counter(id(row["images"]) for row in shuffled) == Counter(id(row["images"]) for row in rows)
+    same = sum(a["images"] is b["images"] for a, b in zip(rows, shuffled, strict=True))
+    assert same < 5
+    assert len({row["images"][0].tobytes() for row in evaluation.blind(rows, "blank")}) == 1
+
+
+def test_padding_moves_to_one_side_and_nothing_else_changes() -> None:
+    batch = {
+        "input_ids": torch.tensor([[9, 9, 0, 0, 3, 4], [9, 9, 5, 6, 7, 8]]),
+        "attention_mask": torch.tensor([[1, 1, 0, 0, 1, 1], [1] * 6]),
+        "labels": torch.tensor([[-100, -100, -100, -100, 3, 4], [-100, -100, 5, 6, 7, 8]]),
+    }
+    right = evaluation.padded(dict(batch), "right")
+    assert right["input_ids"].tolist() == [[9, 9, 3, 4, 0, 0], [9, 9, 5, 6, 7, 8]]
+    assert right["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0], [1] * 6]
+    assert right["labels"][0].tolist() == [-100, -100, 3, 4, -100, -100]
+    assert evaluation.padded(dict(batch), "left")["input_ids"][0].tolist() == [0, 0, 9, 9, 3, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_answers_in_a_batch_are_those_one_by_one_and_of_a_plain_loop(name: str) -> None:
+    """Padding changes nothing; and the share that greedy decoding gets right is known from one forward pass."""
+    from accelerate import Accelerator
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    path = tiny.ensure(f"tiny-{name}")
+    model = AutoModelForImageTextToText.from_pretrained(path).eval()
+    processor = AutoProcessor.from_pretrained(path)
+    processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
+    rows = [*shapes.toy_shapes()["test"].select(range(8))]
+    accelerator = Accelerator(cpu=True)
+    together = evaluation.generate(model, processor, rows, 12, 8, accelerator)
+    alone = evaluation.generate(model, processor, rows, 12, 1, accelerator)
+    assert together == alone and any(together.texts)
+    inputs = evaluation.encode_prompts(processor, rows[:1])
+    ids, prompt = inputs["input_ids"], inputs["input_ids"].shape[1]
+    with torch.no_grad():
+        for _ in range(12):  # no cache, no padding
+            logits = model(input_ids=ids, pixel_values=inputs["pixel_values"]).logits[:, -1]
+            ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+            if ids[0, -1] == processor.tokenizer.eos_token_id:
+                break
+    assert processor.decode(ids[0, prompt:], skip_special_tokens=True) == together.texts[0]
+
+
+SHORT = ("--toy", "--logging_steps", "1", "--eval_strategy", "no", "--per_device_train_batch_size", "8")
+FEW = (
+    "--max_train_samples",
+    "160",
+    "--max_eval_samples",
+    "16",
+    "--max_generation_samples",
+    "12",
+    "--warmup_steps",
+    "0",
+)
+STAGES = {"llava": ("--stage1_steps", "2"), "blip2": ("--stage1_steps", "2", "--language_model_steps", "2")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_a_resumed_run_ends_as_one_that_was_never_interrupted(monkeypatch, tmp_path: Path, name: str) -> None:
+    """From a checkpoint inside the first stage, and from one at its end."""
+    command = ("--module", name, *SHORT, *FEW, *STAGES[name], "--max_steps", "6", "--lr_scheduler_type", "constant")
+    (tmp_path / "whole").mkdir()
+    run_here(monkeypatch, tmp_path / "whole", *command, "--save_strategy", "steps", "--save_steps", "1")
+    whole = tmp_path / "whole" / "run"
+    weights = (whole / "model.safetensors").read_bytes()
+    history = losses(whole)
+    former = json.loads((whole / "summary.json").read_text())["eval"]
+    for step in (1, 2, 5):
+        resume = ("--resume_from_checkpoint", f"run/checkpoint-{step}", "--save_strategy", "steps", "--save_steps", "1")
+        _, summary = run_here(monkeypatch, tmp_path / "whole", *command, *resume)
+        assert (whole / "model.safetensors").read_bytes() == weights, step
+        assert losses(whole) == history
+        assert summary["eval"] == former
+    statuses = {check["id"]: check["status"] for check in summary["checks"]}
+    assert statuses[f"{name}.frozen_parts_did_not_change"] == "pass"
+
+
+@pytest.mark.slow
+def test_each_stage_trains_its_part(monkeypatch, tmp_path: Path) -> None:
+    """Stage by stage: the projector alone, then the language model, too; never the tower."""
+    from safetensors.torch import load_file
+
+    options = ("--module", "llava", *SHORT, *FEW, "--max_steps", "4", "--stage1_steps", "2")
+    run_here(monkeypatch, tmp_path, *options, "--save_strategy", "steps", "--save_steps", "1")
+    start = load_file(tiny.ensure("tiny-llava") / "model.safetensors")
+    states = {step: load_file(tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors") for step in (2, 4)}
+
+    def changed(step: int) -> set[str]:
+        return {name for name, value in states[step].items() if not torch.equal(value, start[name])}
+
+    assert changed(2) == {name for name in start if "projector" in name}
+    assert changed(4) == {name for name in start if "vision" not in name}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_lora_on_a_users_images(monkeypatch, tmp_path: Path, name: str) -> None:
+    """The adapter trains on a user's file, the base does not move, and both load again."""
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    for i in range(12):
+        Image.new("RGB", (40, 30), (20 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    rows = [
+        {
+            "image": f"{i}.png",
+            "messages": [{"role": "user", "content": "How red?"}, {"role": "assistant", "content": str(i)}],
+        }
+        for i in range(12)
+    ]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ("--dataset_name", str(tmp_path / "mine.jsonl"), "--model_name_or_path", str(tiny.ensure(f"tiny-{name}")))
+    lora = ("--use_peft", "--lora_r", "4", "--learning_rate", "1e-2", "--max_steps", "2", "--logging_steps", "1")
+    code, summary = run_here(monkeypatch, tmp_path, "--module", name, *data, *lora, "--max_new_tokens", "4")
+    assert code == 0, summary["error"]
+    assert summary["model"]["peft"] == "LoraConfig" and "adapter_model.safetensors" in summary["artifacts"]
+    assert 0 < summary["model"]["n_trainable"] < summary["model"]["n_params"] / 4
+    base = AutoModelForImageTextToText.from_pretrained(tiny.ensure(f"tiny-{name}"))
+    loaded = PeftModel.from_pretrained(base, tmp_path / "run")
+    trained = {n: v for n, v in loaded.state_dict().items() if "lora_B" in n and "language_model" in n}
+    assert trained and all(value.abs().sum() > 0 for value in trained.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_a_question_about_a_file(monkeypatch, tmp_path: Path, capsys, name: str) -> None:
+    shapes.pictures("test", 1)[0][0].save(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    model = ("--module", name, "--model_name_or_path", str(tiny.ensure(f"tiny-{name}")), "--max_new_tokens", "8")
+    asked = ("--image", "a.png", "--question", "What color is it?", "--output_dir", "run")
+    assert cli.main([*model, *asked]) == 0
+    sample = json.loads((tmp_path / "run" / "summary.json").read_text())["samples"][0]
+    assert f"What color is it?\n{sample['after']}\n" in capsys.readouterr().out
+    assert sample["reference"] is None and sample["before"] is None and sample["after"]
+
+
+BAD: dict[str, tuple[tuple[str, ...], int, str]] = {
+    "missing": (("--image", "b.png", "--question", "?"), 1, "there is no file b.png"),
+    "no image": (("--image", "text.png", "--question", "?"), 1, "text.png is not an image"),
+    "no question": (("--image", "a.png"), 2, "--image and --question belong together"),
+    "stages": (("--dataset_name", "toy-shapes", "--max_steps", "5", "--stage1_steps", "5"), 2, "must leave steps"),
+    "schedule": (
+        ("--dataset_name", "toy-shapes", "--lr_scheduler_type", "reduce_lr_on_plateau"),
+        2,
+        "cannot be repeated for each stage",
+    ),
+    "packing": (("--dataset_name", "toy-shapes", "--packing"), 2, "--packing is not available with images"),
+    "another kind": (
+        ("--model_name_or_path", "tiny-blip2", "--dataset_name", "toy-shapes"),
+        1,
+        "tiny-blip2 is a model of type `blip-2`; module `llava` takes llava",
+    ),
+    "a misspelt toy": (("--model_name_or_path", "tiny-lava", "--dataset_name", "toy-shapes"), 2, "did you mean"),
+    "no images": (("--dataset_name", "toy-sort"), 1, "holds no image"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_input_is_one_clear_message(monkeypatch, tmp_path: Path, capsys, kind: str) -> None:
+    options, code, message = BAD[kind]
+    (tmp_path / "text.png").write_text("no image at all")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    model = () if "--model_name_or_path" in options else ("--model_name_or_path", "tiny-llava")
+    assert cli.main(["--module", "llava", *model, *options, "--output_dir", "run"]) == code
+    captured = capsys.readouterr()
+    assert message in captured.err and "Traceback" not in captured.err
+
+
+def test_answers_are_compared_as_texts() -> None:
+    rows: list[dict[str, Any]] = [*shapes.toy_shapes()["test"].select(range(4))]
+    truth = [answer_of(row) for row in rows]
+    assert evaluation.scores(rows, truth) == [1.0] * 4
+    assert evaluation.scores(rows, [truth[0] + " ", "nothing", *truth[2:]]) == [1.0, 0.0, 1.0, 1.0]
