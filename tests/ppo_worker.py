@@ -44,7 +44,7 @@ COMMON: dict[str, Any] = {
 CASES: dict[str, dict[str, Any]] = {
     "full": {"kl_target": 0.5, "kl_horizon": 300, "whiten_rewards": True, "gradient_accumulation_steps": 2},
     "bootstrap": {"truncated_completions": "bootstrap", "gamma": 0.97, "whiten_advantages": False},
-    "stop": {"target_kl": 1e-3, "learning_rate": 3e-3},
+    "stop": {"target_kl": 1e-3, "learning_rate": 3e-3, "lr_scheduler_type": "linear"},
     "one backbone": {"peft": True, "share_backbone": True, "gradient_accumulation_steps": 2},
     "two backbones": {"peft": True, "share_backbone": False},
     "checkpointing": {"activation_checkpointing": True},

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClas
 
 from llmcore_hf.models import tiny
 from llmcore_hf.ppo import PPOConfig, PPOTrainer, advantages, losses, model, rewards, rollout
+from llmcore_hf.ppo import trainer as trainer_module
 from llmcore_hf.ppo.sampler import RolloutSampler
 
 slow = pytest.mark.slow
@@ -258,6 +259,34 @@ def test_the_head_of_a_token_classifier_is_known_by_name(kind: str) -> None:
 def test_an_architecture_without_token_classifier_is_refused() -> None:
     with pytest.raises(ValueError, match="no token classifier for OPTConfig"):
         model.name_of_head(AutoConfig.for_model("opt"))
+
+
+@pytest.mark.parametrize(("options", "name"), [({}, "ref_model"), ({"kl_coef": 0.0}, "value_model")])
+def test_a_model_in_memory_is_not_copied_when_its_weights_are_sharded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], name: str
+) -> None:
+    monkeypatch.setattr(trainer_module, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match=f"give the model by its id or path, or give a {name}"):
+        PPOTrainer(policy(0), lambda **kwargs: [], config(tmp_path, **options), processing_class=tokenizer())
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_one_of_several_processes_does_not_spread_the_model_over_all_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    """TRL loads with device_map "auto" where none is given; that is for a process that has all devices to itself."""
+    given: list[dict[str, Any]] = []
+
+    def load(path: str, **kwargs: Any) -> None:
+        given.append(kwargs)
+        raise InterruptedError
+
+    args = config(tmp_path)
+    monkeypatch.setattr(trainer_module, "create_model_from_path", load)
+    monkeypatch.setattr(PPOConfig, "world_size", processes)
+    with pytest.raises(InterruptedError):
+        PPOTrainer("some/model", lambda **kwargs: [], args, processing_class=tokenizer())
+    assert given[0].get("device_map", "not given") == (None if processes > 1 else "not given")
 
 
 def test_completions_are_shown_when_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
