@@ -17,7 +17,7 @@ STAMPS := $(VENV)/.stamps
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast lint format seeds bench bench-rl bench-ppo torture bugzoo clean
+.PHONY: help demo test test-fast lint format seeds bench bench-rl bench-ppo closed-form torture bugzoo clean
 
 help:  ## list the targets
 	@echo "make <target>, where target is one of"
@@ -57,6 +57,9 @@ bench-ppo: $(STAMPS)/base  ## compare PPOTrainer with TRL 1.12's: speed, reward,
 
 bugzoo: $(STAMPS)/base  ## run every bug of the bug zoo and see that its marks tell it from a healthy run
 	$(PY) benchmarks/bugzoo.py --seeds $(SEEDS)
+
+closed-form: $(STAMPS)/base  ## train PPO, GRPO and DPO on a problem whose optimum is known exactly
+	OMP_NUM_THREADS=1 $(PY) benchmarks/closed_form.py --seeds $(SEEDS)
 
 torture: $(STAMPS)/base  ## kill runs at random moments, resume them, compare with uninterrupted ones
 	$(PY) benchmarks/kill_resume.py

@@ -3,13 +3,16 @@
     python tests/ppo_worker.py record FOLDER CASE...                            # samples, and keeps what it sampled
     torchrun --nproc_per_node 2 tests/ppo_worker.py replay FOLDER CASE...       # the same completions again
     torchrun --nproc_per_node 2 tests/ppo_worker.py live FOLDER CASE...         # samples itself
+    torchrun --nproc_per_node 2 tests/ppo_worker.py resume FOLDER CASE...       # live, whole and from a checkpoint
 
 Of each case, `FOLDER/<mode>-<case>-<rank>.json` holds the log and the evaluations, and `.safetensors` weights and gradients.
+The trained models are saved in `FOLDER/saved-<mode>-<case>`.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from llmcore_hf.ppo import PPOTrainer
 from llmcore_hf.ppo.rewards import Batch
 
 ROWS, STEPS = 32, 12  # prompts per rollout over all processes, optimizer steps
+ZERO_STAGE = "PPO_WORKER_ZERO_STAGE"  # environment variable: DeepSpeed's ZeRO instead of DDP
 N_EVAL = 5  # held-out rows; two processes get three and two of them
 COMMON: dict[str, Any] = {
     **{"max_completion_length": 6, "num_ppo_epochs": 2, "num_mini_batches": 2, "max_steps": STEPS, "logging_steps": 1},
@@ -68,17 +72,41 @@ def prompts(n: int, start: int = 0) -> Dataset:
     return Dataset.from_dict({"prompt": [" ".join(f"t{w}" for w in row) for row in words], "row": list(range(n))})
 
 
-def make_trainer(folder: Path, case: str, world_size: int) -> PPOTrainer:
-    options = {**COMMON, **(CASES | LIVE)[case]}
+def deepspeed_config(stage: int) -> dict[str, Any]:
+    """ZeRO with torch's AdamW; stage 3 shards even the smallest weights."""
+    return {
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+        **{"zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True},
+        **{
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+        },
+    }
+
+
+def make_trainer(folder: Path, case: str, world_size: int, **more: Any) -> PPOTrainer:
+    options = {**COMMON, **(CASES | LIVE)[case], **more}
     peft = lora() if options.pop("peft", False) else None
     micro = options.get("gradient_accumulation_steps", 1) * options["num_mini_batches"] * world_size
+    if stage := os.environ.get(ZERO_STAGE):
+        options["deepspeed"] = deepspeed_config(int(stage))
     args = config(folder, per_device_train_batch_size=ROWS // micro, **options)
     data = {"train_dataset": prompts(3 * ROWS), "eval_dataset": prompts(N_EVAL, start=7)}
+    model = folder / "model"
+    if args.process_index == 0:
+        policy(0, layers=2).save_pretrained(model)
+    with args.main_process_first(local=False):
+        pass
     rewards: list[Any] = [few_threes, even_rows]
     if case in LIVE:
         rewards = [fives]
         data["train_dataset"] = Dataset.from_dict({"prompt": ["t1"] * ROWS, "row": list(range(ROWS))})
-    return PPOTrainer(policy(0, layers=2), rewards, args, **data, processing_class=tokenizer(), peft_config=peft)
+    return PPOTrainer(str(model), rewards, args, **data, processing_class=tokenizer(), peft_config=peft)
 
 
 class Completions:
@@ -114,7 +142,7 @@ class Gradients(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step == 0:
             named = {name.removeprefix("module."): p for name, p in model.named_parameters() if p.grad is not None}
-            self.found = {name: parameter.grad.clone() for name, parameter in named.items()}
+            self.found = {name: parameter.grad.clone().contiguous() for name, parameter in named.items()}
 
 
 def in_order(n: int, **kwargs: Any) -> Tensor:
@@ -123,9 +151,8 @@ def in_order(n: int, **kwargs: Any) -> Tensor:
 
 
 def run(mode: str, folder: Path, case: str) -> None:
-    world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    trainer = make_trainer(folder / f"trainer-{mode}", case, world_size)
-    rank, world_size = trainer.args.process_index, trainer.args.world_size
+    trainer = make_trainer(folder / f"trainer-{mode}", case, int(os.environ.get("WORLD_SIZE", "1")))
+    rank = trainer.args.process_index
     completions = Completions(trainer, folder / f"{case}.json", mode)
     gradients = Gradients()
     trainer.add_callback(gradients)
@@ -135,7 +162,7 @@ def run(mode: str, folder: Path, case: str) -> None:
     trainer.complete = completions.complete
     few = trainer.evaluate(prompts(1, start=3), metric_key_prefix="few")
     found = {
-        "world_size": world_size,
+        "world_size": trainer.args.world_size,
         "wrapper": type(trainer.model_wrapped).__name__,
         "log": [row for row in trainer.state.log_history if "loss" in row],
         "eval": [before, trainer.evaluate(), few],
@@ -143,24 +170,43 @@ def run(mode: str, folder: Path, case: str) -> None:
     }
     name = f"{mode}-{case}-{rank}"
     (folder / f"{name}.json").write_text(json.dumps(found))
-    weights = {f"weight {n}": p for n, p in trainer.model.named_parameters() if p.requires_grad}
-    tensors = weights | {f"gradient {n}": g for n, g in gradients.found.items()}
-    save_file({n: t.detach().clone().contiguous() for n, t in tensors.items()}, folder / f"{name}.safetensors")
+    gathered = {f"gradient {n}": g for n, g in gradients.found.items()} | weights(trainer)
+    save_file(gathered, folder / f"{name}.safetensors")
+    trainer.save_model(str(folder / f"saved-{mode}-{case}"))
+
+
+def weights(trainer: PPOTrainer) -> dict[str, Tensor]:
+    """What was trained, whole; under ZeRO-3 in process 0 alone."""
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
+    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    return {f"weight {n}": w.detach().clone().contiguous() for n, w in state.items() if n in trained}
+
+
+def resume(folder: Path, case: str) -> None:
+    """An uninterrupted run, and one that goes on from the checkpoint it left after two of three rollouts."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    checkpoint = folder / f"trainer-{case}"
+    for part in ("whole", "resumed"):
+        trainer = make_trainer(checkpoint, case, processes, save_strategy="steps", save_steps=8)
+        trainer.train(resume_from_checkpoint=str(checkpoint / "checkpoint-8") if part == "resumed" else None)
+        log = [row for row in trainer.state.log_history if "loss" in row]
+        name = f"{part}-{case}-{trainer.args.process_index}"
+        (folder / f"{name}.json").write_text(json.dumps({"log": log, "wrapper": type(trainer.model_wrapped).__name__}))
+        save_file(weights(trainer), folder / f"{name}.safetensors")
 
 
 def main(mode: str, folder: str, *cases: str) -> None:
-    import os
-
-    from accelerate import PartialState
-
     torch.set_num_threads(1)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        PartialState(cpu=True)
     if mode != "live":
         shuffled = torch.randperm
         torch.randperm = lambda n, **kwargs: shuffled(n, **kwargs) if kwargs else in_order(n)
     for case in cases:
-        run(mode, Path(folder), case)
+        if mode == "resume":
+            resume(Path(folder), case)
+        else:
+            run(mode, Path(folder), case)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

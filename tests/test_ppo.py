@@ -11,10 +11,10 @@ import torch
 from datasets import Dataset
 from ppo_toys import V, config, lora, policy, small_trainer, tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, GenerationConfig
 
 from llmcore_hf.models import tiny
-from llmcore_hf.ppo import PPOConfig, PPOTrainer, advantages, losses, rewards, rollout
+from llmcore_hf.ppo import PPOConfig, PPOTrainer, advantages, losses, model, rewards, rollout
 from llmcore_hf.ppo.sampler import RolloutSampler
 
 slow = pytest.mark.slow
@@ -242,6 +242,22 @@ def test_a_model_that_has_adapters_already_is_refused(tmp_path: Path) -> None:
         PPOTrainer(
             get_peft_model(policy(0), lora()), lambda **kwargs: [], config(tmp_path), processing_class=tokenizer()
         )
+
+
+@pytest.mark.parametrize(
+    "kind", ["qwen2", "qwen3", "llama", "gpt2", "gpt_neox", "bloom", "falcon", "gemma2", "mistral"]
+)
+def test_the_head_of_a_token_classifier_is_known_by_name(kind: str) -> None:
+    config = AutoConfig.for_model(kind)
+    with torch.device("meta"):
+        classifier = AutoModelForTokenClassification.from_config(config)
+    head = getattr(classifier, model.name_of_head(config))
+    assert isinstance(head, torch.nn.Linear) and head.out_features == config.num_labels
+
+
+def test_an_architecture_without_token_classifier_is_refused() -> None:
+    with pytest.raises(ValueError, match="no token classifier for OPTConfig"):
+        model.name_of_head(AutoConfig.for_model("opt"))
 
 
 def test_completions_are_shown_when_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

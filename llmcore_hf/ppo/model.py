@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForTokenClassification
+from transformers import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+from transformers.modeling_layers import GenericForTokenClassification
 from trl.trainer.utils import selective_log_softmax, selective_log_softmax_and_entropy
 
 if TYPE_CHECKING:
@@ -172,6 +173,7 @@ class SharedBackbone(PolicyAndValue):
 
     def __init__(self, policy: Any, peft_config: PeftConfig, temperature: float) -> None:
         super().__init__(policy, temperature)
+        self.head_name = name_of_head(policy.config)
         value_config = copy.deepcopy(peft_config)
         policy.add_adapter(VALUE, value_config)
         weight = policy.get_output_embeddings().weight
@@ -211,7 +213,7 @@ class SharedBackbone(PolicyAndValue):
         own = {k.removeprefix(POLICY_PREFIX): v for k, v in state.items() if k.startswith(POLICY_PREFIX)}
         self.policy.save_pretrained(folder, selected_adapters=["default"], state_dict=own)
         adapter = get_peft_model_state_dict(self.policy, state_dict=own, adapter_name=VALUE)
-        head = _name_of_head(self.policy.config)
+        head = self.head_name
         for name in ("weight", "bias"):
             adapter[f"base_model.model.{head}.{name}"] = state[f"value_head.{name}"]
         config = copy.deepcopy(self.policy.peft_config[VALUE])
@@ -258,11 +260,21 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
 
 
-def _name_of_head(config: Any) -> str:
-    """What the token classifier of this architecture calls its last layer."""
-    with torch.device("meta"):
-        classifier = AutoModelForTokenClassification.from_config(config)
-    return next(name for name in HEADS if hasattr(classifier, name))
+def name_of_head(config: Any) -> str:
+    """What the token classifier of this architecture calls its last layer, told without building one.
+
+    Under ZeRO-3 building a model is a matter for all processes, and saving one is not.
+
+    Raises:
+        ValueError: transformers has no token classifier of this architecture, so no critic could be loaded.
+    """
+    if type(config) not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
+        raise ValueError(
+            f"transformers has no token classifier for {type(config).__name__}, which the critic would be: give a "
+            "value_model of another architecture"
+        )
+    kind = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING[type(config)]
+    return "score" if issubclass(kind, GenericForTokenClassification) else "classifier"
 
 
 def _save(state: dict[str, Tensor], file: Path) -> None:

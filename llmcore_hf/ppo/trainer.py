@@ -12,6 +12,8 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,7 @@ from transformers import (
     TrainerCallback,
     TrainerControl,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 from trl import is_conversational
 from trl.models import prepare_deepspeed, unwrap_model_for_generation
@@ -113,7 +116,6 @@ class PPOTrainer(Trainer):
         ref_model: str | PreTrainedModel | None = None,
     ) -> None:
         args = args or PPOConfig("trainer_output")
-        set_seed(args.seed)  # the same in all processes: adapters draw their weights before the Trainer seeds
         for name, dataset in _datasets(train_dataset, eval_dataset):
             _check_columns(name, dataset)
         if hasattr(model, "peft_config"):
@@ -122,9 +124,13 @@ class PPOTrainer(Trainer):
             )
         if args.n_gpu > 1:
             raise ValueError("one process drives one GPU here: start with `accelerate launch`")
+        load: Load | None = None  # the model's weights once more
         if isinstance(model, str):
             options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
-            model = create_model_from_path(model, **{"trust_remote_code": args.trust_remote_code, **options})
+            if args.world_size > 1:
+                options = {"device_map": None, **options}  # each process its own device, not all of them
+            load = partial(create_model_from_path, model, **{"trust_remote_code": args.trust_remote_code, **options})
+            model = load()
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(
                 model.config.name_or_path, padding_side="left", trust_remote_code=args.trust_remote_code
@@ -134,8 +140,8 @@ class PPOTrainer(Trainer):
                 "the tokenizer has no padding token: set one that is not the end token, or the policy never learns to stop"
             )
         self.scorers = make_scorers(reward_funcs, args.reward_weights, reward_processing_classes)
-        self.ref_model = _reference(model, ref_model, peft_config, args)
-        both = _policy_and_value(model, value_model, peft_config, args)
+        self.ref_model = _reference(model, ref_model, peft_config, args, load)
+        both = _policy_and_value(model, value_model, peft_config, args, load)
         if args.disable_dropout:
             disable_dropout_in_model(both)
         super().__init__(
@@ -609,30 +615,49 @@ def _check_columns(name: str, dataset: Any) -> None:
         raise ValueError(f"{name}: rename column {', '.join(taken)}: reward functions get an argument of that name")
 
 
-def _reference(model: Any, ref_model: Any, peft_config: Any, args: PPOConfig) -> Any:
+Load = Callable[..., PreTrainedModel]
+
+
+def _reference(model: Any, ref_model: Any, peft_config: Any, args: PPOConfig, load: Load | None) -> Any:
     """A frozen model, or None where it is not needed or is the policy's base itself."""
     if args.kl_coef == 0 or (ref_model is None and peft_config is not None):
         return None
     if isinstance(ref_model, str):
         ref_model = create_model_from_path(ref_model, trust_remote_code=args.trust_remote_code)
-    return (ref_model if ref_model is not None else copy.deepcopy(model)).eval().requires_grad_(False)
+    if ref_model is None:
+        ref_model = _loaded_again(load, "ref_model") if is_deepspeed_zero3_enabled() else copy.deepcopy(model)
+    return ref_model.eval().requires_grad_(False)
 
 
-def _policy_and_value(model: Any, value_model: Any, peft_config: Any, args: PPOConfig) -> PolicyAndValue:
+def _loaded_again(load: Load | None, name: str, **options: Any) -> PreTrainedModel:
+    """A second model from the policy's path: under ZeRO-3 no process holds the weights that could be copied."""
+    if load is None:
+        raise ValueError(
+            f"under DeepSpeed ZeRO-3 a model cannot be copied: give the model by its id or path, or give a {name} as well"
+        )
+    return load(**options)
+
+
+def _policy_and_value(
+    model: Any, value_model: Any, peft_config: Any, args: PPOConfig, load: Load | None
+) -> PolicyAndValue:
     if isinstance(value_model, str):
         value_model = AutoModelForTokenClassification.from_pretrained(value_model, num_labels=1)
     if peft_config is None:
-        return SeparateModels(model, value_model or _copy_as_critic(model), args.temperature)
+        return SeparateModels(model, value_model or _copy_as_critic(model, load), args.temperature)
     from peft import get_peft_model
 
+    # Adapters draw their weights before the Trainer seeds: the same ones in all processes, however the base was loaded.
     if args.share_backbone and value_model is None:
         if args.activation_checkpointing:
             raise ValueError(
                 "activation_checkpointing computes layers again with the wrong adapter when policy and critic share a "
                 "backbone: turn it off, or set share_backbone=False"
             )
+        set_seed(args.seed)
         return SharedBackbone(get_peft_model(model, copy.deepcopy(peft_config)), peft_config, args.temperature)
-    critic = value_model or _copy_as_critic(model)
+    critic = value_model or _copy_as_critic(model, load)
+    set_seed(args.seed)
     config = copy.deepcopy(peft_config)
     config.task_type, config.exclude_modules = "TOKEN_CLS", list(HEADS)  # the head is trained whole, by PEFT itself
     return SeparateModels(
@@ -640,13 +665,30 @@ def _policy_and_value(model: Any, value_model: Any, peft_config: Any, args: PPOC
     )
 
 
-def _copy_as_critic(policy: PreTrainedModel) -> PreTrainedModel:
+def _copy_as_critic(policy: PreTrainedModel, load: Load | None) -> PreTrainedModel:
     """A token classifier on a copy of the policy's backbone; its head is 0, so every value is 0 before the first update."""
-    config = copy.deepcopy(policy.config)
-    config.num_labels = 1
-    critic = AutoModelForTokenClassification.from_config(config, dtype=policy.dtype).to(policy.device)
-    critic.base_model.load_state_dict(policy.base_model.state_dict())
+    if is_deepspeed_zero3_enabled():
+        options = {"architecture": AutoModelForTokenClassification, "num_labels": 1, "dtype": policy.dtype}
+        critic = _loaded_again(load, "value_model", **options)
+    else:
+        config = copy.deepcopy(policy.config)
+        config.num_labels = 1
+        critic = AutoModelForTokenClassification.from_config(config, dtype=policy.dtype).to(policy.device)
+        critic.base_model.load_state_dict(policy.base_model.state_dict())
     head = next(getattr(critic, name) for name in HEADS if hasattr(critic, name))
-    for parameter in head.parameters():
-        nn.init.zeros_(parameter)
+    with whole(head):
+        for parameter in head.parameters():
+            nn.init.zeros_(parameter)
     return critic
+
+
+@contextmanager
+def whole(module: nn.Module) -> Iterator[None]:
+    """Gather weights that ZeRO-3 has sharded, and shard again what process 0 made of them."""
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(module.parameters()), modifier_rank=0):
+        yield
