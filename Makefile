@@ -52,14 +52,14 @@ bench: $(STAMPS)/base  ## compare with plain TRL: training time and losses, and 
 bench-rl: $(STAMPS)/base  ## compare the RL lessons with quantecon, torchrl and d3rlpy
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(PY) benchmarks/rl.py
 
-closed-form: $(STAMPS)/base  ## train PPO, GRPO and DPO on a problem whose optimum is known exactly
-	OMP_NUM_THREADS=1 $(PY) benchmarks/closed_form.py --seeds $(SEEDS)
-
 bench-ppo: $(STAMPS)/base  ## compare PPOTrainer with TRL 1.12's: speed, reward, memory
 	$(PY) benchmarks/ppo.py
 
 bugzoo: $(STAMPS)/base  ## run every bug of the bug zoo and see that its marks tell it from a healthy run
 	$(PY) benchmarks/bugzoo.py --seeds $(SEEDS)
+
+closed-form: $(STAMPS)/base  ## train PPO, GRPO and DPO on a problem whose optimum is known exactly
+	OMP_NUM_THREADS=1 $(PY) benchmarks/closed_form.py --seeds $(SEEDS)
 
 torture: $(STAMPS)/base  ## kill runs at random moments, resume them, compare with uninterrupted ones
 	$(PY) benchmarks/kill_resume.py
