@@ -231,13 +231,12 @@ def run_trl(work: Work, folder: str, rollout_batch: int, stub_gc: bool) -> dict[
 
 def run_memory(work: Work, folder: str, share: bool) -> dict[str, Any]:
     """Peak memory above that after the imports, of one rollout and the updates on it, with LoRA."""
-    import resource
-
     import psutil
     from datasets import Dataset
     from peft import LoraConfig
 
     from llmcore_hf import PPOConfig, PPOTrainer
+    from llmcore_hf.run_dir import peak_rss_mb
 
     model = make_model(Work("", 32, 1, 320, 1, 1, 8, 0.0, 0.0, 1))  # whatever is imported late
     baseline = psutil.Process().memory_info().rss
@@ -256,8 +255,10 @@ def run_memory(work: Work, folder: str, share: bool) -> dict[str, Any]:
         processing_class=make_tokenizer(),
         peft_config=LoraConfig(r=16, target_modules=["c_attn"], fan_in_fan_out=True),
     ).train()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"megabytes": (peak - baseline) / 1e6, "parameters": sum(p.numel() for p in model.parameters())}
+    return {
+        "megabytes": (peak_rss_mb() * 2**20 - baseline) / 1e6,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
 
 
 # ------------------------------------------------------------ both sides in turn

@@ -12,6 +12,7 @@ import errno
 import json
 import math
 import os
+import re
 import resource
 import secrets
 import shlex
@@ -170,7 +171,7 @@ class RunDirectory:
             "seed": self.config.values["seed"],
             "started_at": self.started_at,
             "wall_seconds": round(_seconds_since_start(), 3),
-            "peak_rss_mb": round(_peak_rss_mb(), 1),
+            "peak_rss_mb": round(peak_rss_mb(), 1),
             "resumed_from": None,
             "env": environment.describe(_dtype(self.config.values), bool(self.config.values.get("use_cpu"))),
             **unknown,
@@ -448,9 +449,16 @@ def _seconds_since_start() -> float:
     return time.time() - psutil.Process().create_time()
 
 
-def _peak_rss_mb() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB elsewhere
+def peak_rss_mb() -> float:
+    """The largest resident set this process has had so far, in MiB."""
+    # Linux hands `ru_maxrss` on from a process to the program it starts, so a run started by a large process would report
+    # that one's size; the high-water mark in /proc starts anew with each program.
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[1]) / 2**10  # type: ignore[index]
+    except (OSError, TypeError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB elsewhere
 
 
 def _leave_process_group() -> None:

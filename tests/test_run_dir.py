@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from llmcore_hf.errors import ConfigError, UserError
 from llmcore_hf.registry import Module
 from llmcore_hf.run_dir import Diverged, RunDirectory, execute, finite, prepare_directory, summarize, validate_summary
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 SCHEMA = json.loads(resources.path("schema/summary.schema.json").read_text(encoding="utf-8"))
 
 
@@ -285,6 +287,13 @@ def test_the_summary_has_every_key_and_keeps_unknown_blocks_null(lesson: Lesson)
     assert summary["run_id"] == lesson.latest.resolve().name
     assert summary["wall_seconds"] > 0 and summary["peak_rss_mb"] > 1
     assert summary["metrics"] == {} and summary["samples"] == []
+
+
+def test_peak_memory_is_that_of_the_run_not_of_the_process_that_started_it() -> None:
+    run = "from llmcore_hf.run_dir import peak_rss_mb; own = b'x' * 50_000_000; print(peak_rss_mb())"
+    parent = f"import subprocess, sys; fat = b'x' * 400_000_000; subprocess.run([sys.executable, '-c', {run!r}])"
+    done = subprocess.run([sys.executable, "-c", parent], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert 50 < float(done.stdout) < 250
 
 
 def test_the_environment_is_described(lesson: Lesson) -> None:
