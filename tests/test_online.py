@@ -17,7 +17,7 @@ from llmcore_hf.alignment.evaluation import Answers
 from llmcore_hf.alignment.online import Measured
 from llmcore_hf.checks import Check
 from llmcore_hf.config import Config
-from llmcore_hf.errors import UserError
+from llmcore_hf.errors import ConfigError, UserError
 from llmcore_hf.models import tiny
 from llmcore_hf.ppo import PPOConfig
 from llmcore_hf.ppo.rewards import RewardError, load_reward_model, make_scorers
@@ -334,6 +334,42 @@ def test_all_problems_of_all_stages_are_told_before_the_first_begins() -> None:
     assert "stage reward: `model_name_or_path` is set by the stages themselves" in problems
     assert "`nothing`: there is no such function" in problems
     assert "--model_name_or_path is missing" in " ".join(rlhf.check(rlhf_config(model_name_or_path=None)))
+
+
+def resolved(*argv: str) -> Config:
+    from llmcore_hf import config, registry
+
+    return config.resolve(registry.get("rlhf"), config.read_request(["--module", "rlhf", *argv]))
+
+
+def test_options_of_a_stage_are_laid_over_those_of_the_recipe() -> None:
+    recipe = resolved("--toy").values
+    changed = resolved("--toy", "--ppo", '{"kl_coef": 0.5, "max_eval_samples": 7}')
+    assert changed.values["ppo"] == recipe["ppo"] | {"kl_coef": 0.5, "max_eval_samples": 7}
+    assert (changed.values["sft"], changed.values["reward"]) == (recipe["sft"], recipe["reward"])
+    stage = rlhf.stage_config("ppo", changed, Path("ppo"), "tiny-qwen", "tiny-qwen")
+    assert (stage.values["kl_coef"], stage.values["vf_coef"]) == (0.5, recipe["ppo"]["vf_coef"])
+    Path("ppo.json").write_text('{"kl_coef": 0.5, "max_eval_samples": 7}')
+    assert resolved("--toy", "--ppo", "ppo.json").values["ppo"] == changed.values["ppo"]
+
+
+def test_a_file_the_recipe_and_the_command_line_add_up_and_are_written_down() -> None:
+    Path("mine.yaml").write_text("ppo:\n  kl_coef: 0.5\n  lam: 0.9\n")
+    first = resolved("--toy", "--config", "mine.yaml", "--ppo", '{"lam": 0.8}')
+    assert {name: first.values["ppo"][name] for name in ("kl_coef", "lam", "vf_coef")} == {
+        "kl_coef": 0.5,
+        "lam": 0.8,
+        "vf_coef": 0.5,
+    }
+    Path("resolved.yaml").write_text(first.to_yaml())
+    assert resolved("--config", "resolved.yaml").values["ppo"] == first.values["ppo"]
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", "nowhere.json", "list.json"])
+def test_what_is_no_mapping_is_no_option_of_a_stage(text: str) -> None:
+    Path("list.json").write_text("[1]")
+    with pytest.raises(ConfigError, match="`ppo` takes a JSON mapping or the name of an existing JSON file"):
+        resolved("--toy", "--ppo", text)
 
 
 def test_the_gold_reward_is_the_function_of_weight_0() -> None:
