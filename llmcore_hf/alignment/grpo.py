@@ -25,7 +25,7 @@ from llmcore_hf.checks import Check
 from llmcore_hf.config import Config, RunArguments
 from llmcore_hf.curves import HELD_OUT, REJECTED, Line, Panel, draw
 from llmcore_hf.data.loading import DataArguments, Splits
-from llmcore_hf.ppo.rewards import GIVEN, Batch, Scorer, make_scorers
+from llmcore_hf.ppo.rewards import GIVEN, Batch, RewardError, Scorer, make_scorers, shown
 from llmcore_hf.run_dir import RunDirectory
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def make_trainer(config: Config, job: Job, splits: Splits, scorers: list[Scorer]
     model_args = config.part(ModelArguments)
     trainer = trainer_class()(
         model=job.path,
-        reward_funcs=[checked(scorer) for scorer in scorers],
+        reward_funcs=checked(scorers),
         args=config.part(argument_classes()[-1]),
         train_dataset=splits.train,
         eval_dataset=splits.validation,
@@ -100,22 +100,38 @@ def make_trainer(config: Config, job: Job, splits: Splits, scorers: list[Scorer]
     return trainer
 
 
-def checked(scorer: Scorer) -> Callable[..., list[float | None]]:
-    """A reward function that says which sample is wrong, where TRL would go on with NaN or stop with a traceback.
+def checked(scorers: list[Scorer]) -> list[Callable[..., list[float | None]]]:
+    """Reward functions that say which sample is wrong, where TRL would go on with NaN or stop with a traceback.
 
     Reward models become functions as well: TRL's own code gives them plain text without the end token and the special tokens
     that RewardTrainer trained them with.
+
+    As in TRL, a completion about which no function has anything to say does not count. A batch of nothing else is refused:
+    TRL trains on with advantages of 0.
     """
+    spoke: list[bool] = []  # whether each function asked about this batch so far had anything to say
 
-    def function(prompts: Any, completions: Any, completion_ids: Any, **more: Any) -> list[float | None]:
-        given = {name: more.pop(name) for name in GIVEN if name in more}
-        batch = Batch(
-            prompts, completions, completion_ids, more, f"the prompts after step {given['trainer_state'].global_step}"
-        )
-        return [None if math.isnan(value) else value for value in scorer(batch, len(prompts), **given).tolist()]
+    def of(scorer: Scorer) -> Callable[..., list[float | None]]:
+        def function(prompts: Any, completions: Any, completion_ids: Any, **more: Any) -> list[float | None]:
+            given = {name: more.pop(name) for name in GIVEN if name in more}
+            name = f"the prompts after step {given['trainer_state'].global_step}"
+            batch = Batch(prompts, completions, completion_ids, more, name)
+            values = scorer(batch, len(prompts), **given).tolist()
+            spoke.append(not all(map(math.isnan, values)))
+            if len(spoke) == len(scorers):
+                silence = not any(spoke)
+                spoke.clear()
+                if silence:
+                    raise RewardError(
+                        f"every reward function returned None for all {len(prompts)} completions of {name}: there is "
+                        f"nothing to learn from. For example: {shown(batch, 0)}"
+                    )
+            return [None if math.isnan(value) else value for value in values]
 
-    function.__name__ = scorer.name  # TRL names the metric after it
-    return function
+        function.__name__ = scorer.name  # TRL names the metric after it
+        return function
+
+    return [of(scorer) for scorer in scorers]
 
 
 @functools.cache
