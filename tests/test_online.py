@@ -207,7 +207,15 @@ def test_rows_a_function_says_nothing_about_do_not_count() -> None:
     assert "rewards/b" not in block["after"]
 
 
-ROW = {"val/ratio": 1.0, "val/first_ratio_off": 0.0, "val/explained_variance": 0.1, "policy/clipfrac_avg": 0.1}
+def test_a_completion_that_no_function_scores_has_no_reward_and_not_0() -> None:
+    assert online._weighted_sum([2.0, 3.0], (1.0, math.nan)) == 2.0
+    assert math.isnan(online._weighted_sum([2.0, 3.0], (math.nan, math.nan)))
+
+
+ROW = {
+    **{"val/ratio": 1.0, "val/first_ratio_off": 0.0, "val/explained_variance": 0.1, "policy/clipfrac_avg": 0.1},
+    **{"objective/kl": 0.8, "completions/mean_length": 8.0, "val/reward_off": 1e-7},
+}
 
 
 @pytest.mark.parametrize(
@@ -217,6 +225,7 @@ ROW = {"val/ratio": 1.0, "val/first_ratio_off": 0.0, "val/explained_variance": 0
         ({"val/first_ratio_off": 0.01}, "first_ratio_is_one"),
         ({"val/explained_variance": -1.0}, "critic_is_no_worse_than_a_constant"),
         ({"policy/clipfrac_avg": 0.6}, "most_tokens_are_not_clipped"),
+        ({"val/reward_off": 0.1}, "advantages_add_up_to_the_reward"),
     ],
 )
 def test_the_checks_of_ppo_read_the_log(change: dict[str, float], failed: str | None, tmp_path: Path) -> None:
@@ -225,6 +234,24 @@ def test_the_checks_of_ppo_read_the_log(change: dict[str, float], failed: str | 
     found = status_of(ppo.training_checks([ROW, {**ROW, **change}, between_rollouts, {"eval_reward": 1.0}], args))
     assert {name for name, status in found.items() if status != "pass"} == ({failed} if failed else set())
     assert set(status_of(ppo.training_checks([], args)).values()) == {"skip"}
+
+
+@pytest.mark.parametrize(
+    ("kls", "options", "status"),
+    [
+        ([0.0, 0.4, 0.9, 1.2, 1.1], {}, "pass"),
+        ([0.0, -0.4, -0.9, -1.2, -1.1], {}, "fail"),
+        ([0.0, 0.02, -0.03, 0.01, -0.01], {}, "pass"),  # estimates of a KL that is nearly 0
+        ([0.0, -0.4, -0.9, -1.2, -1.1], {"top_p": 0.9}, "skip"),  # not the policy's own samples
+        ([0.0, -0.4, -0.9, -1.2, -1.1], {"top_k": 5}, "skip"),
+        ([0.0], {}, "skip"),
+    ],
+)
+def test_a_kl_below_0_is_noticed(kls: list[float], options: dict[str, Any], status: str, tmp_path: Path) -> None:
+    args = PPOConfig(str(tmp_path), use_cpu=True, bf16=False, **options)
+    rows = [ROW | {"objective/kl": kl} for kl in kls for _ in range(3)]
+    found = status_of(ppo.training_checks(rows[: 1 if len(kls) == 1 else None], args))
+    assert found["kl_is_not_negative"] == status
 
 
 def test_the_checks_of_grpo_read_advantages_and_groups() -> None:
@@ -240,7 +267,7 @@ def test_a_reward_function_under_grpo_says_which_sample_is_wrong() -> None:
         return [0.0, math.nan]
 
     (scorer,) = make_scorers(nan, None)
-    function = grpo.checked(scorer)
+    (function,) = grpo.checked([scorer])
     assert function.__name__ == "nan"  # TRL names the metric after it
     state = SimpleNamespace(global_step=7)
     with pytest.raises(RewardError, match="`nan` returned nan for sample 1 of the prompts after step 7"):
@@ -255,9 +282,32 @@ def test_a_reward_function_under_grpo_gets_and_gives_what_trls_do() -> None:
     logged: dict[str, float] = {}
     state = SimpleNamespace(global_step=7)
     given = {"trainer_state": state, "log_metric": logged.__setitem__, "log_extra": None, "answer": ["a", "c"]}
-    function = grpo.checked(make_scorers(some, None)[0])
+    (function,) = grpo.checked(make_scorers(some, None))
     assert function(prompts=["p", "q"], completions=["a", "b"], completion_ids=[[1], [2]], **given) == [1.0, None]
     assert logged == {"seen": 7.0}
+
+
+def test_a_batch_that_no_function_scores_ends_grpo() -> None:
+    """TRL would train on with advantages of 0. Single completions without a reward are left to it."""
+
+    def even(completions, **kwargs):
+        return [1.0 if len(c) == 2 else None for c in completions]
+
+    def empty(completions, **kwargs):
+        return [0.0 if c == "" else None for c in completions]
+
+    functions = grpo.checked(make_scorers([even, empty], None))
+
+    def ask(*completions: str) -> list[list[float | None]]:
+        given = {"prompts": ["p"] * len(completions), "completions": list(completions)}
+        state = SimpleNamespace(global_step=7)
+        return [f(**given, completion_ids=[[1]] * len(completions), trainer_state=state) for f in functions]
+
+    assert ask("ab", "abc") == [[1.0, None], [None, None]]
+    assert ask("abc", "") == [[None, None], [None, 0.0]]
+    with pytest.raises(RewardError, match="returned None for all 2 completions of the prompts after step 7") as caught:
+        ask("abc", "abcd")
+    assert "Prompt: 'p', completion: 'abc'" in str(caught.value)
 
 
 # ---------------------------------------------------------------- bad input, through the command line
@@ -273,7 +323,23 @@ FEW = ("--max_train_samples", "64", "--max_eval_samples", "8", "--max_steps", "4
         (("--reward_weights", "1", "2"), "--reward_weights has 2 weights for 1 rewards"),
         (("--dataset_streaming",), "--dataset_streaming is not for online RL"),
         (("--reward_model_name_or_path", "./nowhere"), "there is no such folder"),
-        (("--save_strategy", "steps", "--save_steps", "3"), "use a multiple of"),
+        (
+            ("--save_strategy", "steps", "--save_steps", "6"),
+            "1 problem in the options of `ppo`:\n  - save_steps 6: a checkpoint can be resumed exactly only between two "
+            "rollouts: use a multiple of num_ppo_epochs * num_mini_batches = 4, such as 4 or 8\n",
+        ),
+        (
+            ("--save_strategy", "best", "--eval_steps", "3", "--metric_for_best_model", "reward"),
+            "eval_steps 3: a check",
+        ),
+        (
+            ("--model_name_or_path", "adapter"),
+            "adapter holds a LoRA adapter and no whole model. Merge it into its base",
+        ),
+        (
+            ("--reward_funcs", "two.py:nothing"),
+            "every reward function returned None for all 8 completions of the held-out",
+        ),
         (("--max_completion_length", "100000"), "is more than the"),
         (("--max_completion_length", "0"), "max_completion_length"),
         (("--reward_model_name_or_path", "tiny-qwen"), "is no reward model"),
@@ -284,6 +350,10 @@ FEW = ("--max_train_samples", "64", "--max_eval_samples", "8", "--max_steps", "4
 def test_wrong_options_of_ppo_end_in_one_message(capsys, options: tuple[str, ...], words: str) -> None:
     for name in ("one.py", "two.py"):
         Path(name).write_text("def same(completions, **kwargs):\n    return [0.0] * len(completions)\n")
+    with open("two.py", "a") as file:
+        file.write("def nothing(completions, **kwargs):\n    return [None] * len(completions)\n")
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text("{}")
     code = cli.main(["--module", "ppo", "--toy", *FEW, "--output_dir", "run", *options])
     told = capsys.readouterr()
     assert code != 0 and words in told.err + told.out, told.err + told.out
@@ -299,6 +369,7 @@ def test_a_prompt_that_leaves_no_room_is_a_problem_of_the_dataset(capsys, module
     assert cli.main(command) != 0
     message = capsys.readouterr().err
     assert "line 4: its prompt of" in message and "leaves no room for --max_completion_length 12" in message
+    assert "lower --max_completion_length, or shorten it" in message and "--max_length" not in message
     options = ["--on_bad_rows", "drop", "--overwrite_output_dir", "--per_device_train_batch_size", "8"]
     eight = [*options, "--per_device_eval_batch_size", "8"]
     cli.main([*command, *eight])
@@ -313,6 +384,18 @@ def test_rewards_that_never_differ_are_told_by_the_check_and_not_by_a_crash() ->
     assert cli.main(["--module", "ppo", "--toy", *FEW, *sizes, "--output_dir", "run"]) == 1
     summary = json.loads(Path("run/summary.json").read_text())
     assert summary["error"] == "checks failed: ppo.held_out_reward_rose"
+
+
+def test_another_number_of_epochs_is_no_way_to_go_on(capsys) -> None:
+    small = ("--max_train_samples", "16", "--max_eval_samples", "4", "--per_device_train_batch_size", "8")
+    run = ["--module", "ppo", "--toy", *small, "--save_strategy", "steps", "--output_dir", "run"]
+    cli.main([*run, "--max_steps", "4", "--save_steps", "4"])
+    capsys.readouterr()
+    more = ("--max_steps", "6", "--num_ppo_epochs", "3", "--save_steps", "3")
+    assert cli.main([*run, *more, "--resume_from_checkpoint", "last"]) == 1
+    message = capsys.readouterr().err
+    assert "checkpoint-4 was written after 4 optimizer steps, which is no multiple of num_ppo_epochs" in message
+    assert "Traceback" not in message and "damaged" not in message
 
 
 # ---------------------------------------------------------------- the pipeline
