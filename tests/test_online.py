@@ -1,4 +1,4 @@
-"""What PPO, GRPO and the RLHF pipeline share: rewards by name, held-out prompts, checks that notice what is wrong."""
+"""What PPO and GRPO share: rewards by name, held-out prompts, checks that notice what is wrong."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import ppo_toys
 import pytest
 import torch
+from datasets import Dataset
 
 from llmcore_hf import cli
-from llmcore_hf.alignment import grpo, online, ppo, rewards, rlhf
-from llmcore_hf.alignment.evaluation import Answers
+from llmcore_hf.alignment import grpo, online, ppo, reward, rewards, training
+from llmcore_hf.alignment.evaluation import Answers, Encoded
 from llmcore_hf.alignment.online import Measured
 from llmcore_hf.checks import Check
-from llmcore_hf.config import Config
-from llmcore_hf.errors import ConfigError, UserError
+from llmcore_hf.data import toy
+from llmcore_hf.errors import UserError
 from llmcore_hf.models import tiny
-from llmcore_hf.ppo import PPOConfig
+from llmcore_hf.ppo import PPOConfig, PPOTrainer
 from llmcore_hf.ppo.rewards import RewardError, load_reward_model, make_scorers
 
 MINE = """
@@ -154,6 +157,133 @@ def test_an_adapter_is_merged_into_its_base(classifier: Path, tmp_path: Path) ->
     assert found(ids).logits.item() == pytest.approx(adapted(ids).logits.item(), abs=1e-6)
 
 
+def test_the_reward_model_comes_first_as_its_weight_does(classifier: Path) -> None:
+    Path("mine.py").write_text(MINE)
+    given = rewards.RewardArguments(str(classifier), ["mine.py:short", "exact_match"])
+    config: Any = SimpleNamespace(part=lambda cls: given, values={"max_completion_length": 8})
+    splits: Any = SimpleNamespace(train=SimpleNamespace(column_names=["prompt", "answer"]), source="data")
+    functions, tokenizers = online.reward_functions(config, splits)
+    scorers = make_scorers(functions, [2.0, 0.5, 0.25], tokenizers)
+    assert isinstance(scorers[0].func, torch.nn.Module) and scorers[0].tokenizer is not None
+    assert [(scorer.name, scorer.weight) for scorer in scorers[1:]] == [("short", 0.5), ("exact_match", 0.25)]
+    assert scorers[0].weight == 2.0
+
+
+# ---------------------------------------------------------------- held-out prompts
+
+
+def n_tokens(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    return [float(len(ids)) for ids in completion_ids]
+
+
+def first_token(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    return [float(ids[0]) for ids in completion_ids]
+
+
+@pytest.fixture
+def answered(tmp_path: Path) -> Any:
+    """Prompts, and a small policy whose reference is another model."""
+    prompts = Dataset.from_dict({"prompt": ["t1 t2", "t3", "t4 t5 t6", "t7", "t8", "t9 t1", "t2", "t3 t3"]})
+    args = ppo_toys.config(tmp_path, max_completion_length=5, reward_weights=[2.0, -0.5])
+    trainer = PPOTrainer(
+        ppo_toys.policy(0),
+        [n_tokens, first_token],
+        args,
+        prompts,
+        processing_class=ppo_toys.tokenizer(),
+        ref_model=ppo_toys.policy(1),
+    )
+    job = training.Job("toy", "toy", trainer.processing_class, context=64)
+    torch.manual_seed(0)
+    return online.HeldOut(prompts, job, trainer.scorers, trainer)
+
+
+def loglikelihoods(model: Any, rows: list[Encoded]) -> list[float]:
+    """Row by row, without padding."""
+    found = []
+    for row in rows:
+        with torch.no_grad():
+            logprobs = model(torch.tensor([row.ids])).logits[0, :-1].log_softmax(-1)
+        chosen = logprobs.gather(1, torch.tensor(row.ids[1:]).unsqueeze(1)).squeeze(1)
+        found.append(float(chosen[row.n_prompt - 1 :].sum()))
+    return found
+
+
+def test_the_held_out_kl_is_that_of_the_policy_to_the_reference(answered: Any) -> None:
+    found = answered.measure()
+    policy, reference = (
+        loglikelihoods(model, found.sampled) for model in (answered.policy, answered.trainer.ref_model)
+    )
+    assert found.reference == pytest.approx(reference, abs=1e-4)
+    assert found.metrics["objective/kl"] == pytest.approx(
+        [p - r for p, r in zip(policy, reference, strict=True)], abs=1e-4
+    )
+    assert max(map(abs, found.metrics["objective/kl"])) > 0.1
+
+
+def test_held_out_rewards_are_weighted_and_shown_by_themselves(answered: Any) -> None:
+    metrics = answered.measure().metrics
+    pairs = zip(metrics["rewards/n_tokens"], metrics["rewards/first_token"], strict=True)
+    assert metrics["reward"] == pytest.approx([2 * length - token / 2 for length, token in pairs])
+    assert metrics["rewards/n_tokens"] == metrics["completions/mean_length"]
+
+
+def test_held_out_prompts_are_answered_greedily_and_by_sampling(answered: Any) -> None:
+    found = answered.measure()
+    best = [
+        int(answered.policy(torch.tensor([row.ids[: row.n_prompt]])).logits[0, -1].argmax()) for row in found.sampled
+    ]
+    assert [ids[0] for ids in found.greedy.ids] == best
+    sampled = [row.ids[row.n_prompt :] for row in found.sampled]
+    assert sum(ids[0] != token for ids, token in zip(sampled, best, strict=True)) >= 2
+    for name, answers in (("reward", found.greedy.ids), ("sampled_reward", sampled)):
+        assert found.metrics[name] == pytest.approx([2.0 * len(ids) - ids[0] / 2 for ids in answers])
+
+
+def test_a_prompt_may_be_as_long_as_leaves_room_for_the_answer(answered: Any) -> None:
+    limit = online._room(answered.job, 60)  # of 64 tokens
+    assert limit is not None and limit.problem({"prompt": "t1 t2 t3 t4"}) is None
+    assert limit.problem({"prompt": "t1 t2 t3 t4 t5"}) == (
+        "its prompt of 5 tokens leaves no room for --max_completion_length 60 in the 64 tokens of the context"
+    )
+    assert limit.may_be_too_long(np.array([14]), np.array([0]))[0]
+    answered.job.context = None
+    assert online._room(answered.job, 60) is None
+
+
+TOY_PROMPTS = {"ppo": "toy_sort_prompt", "grpo": "toy_sort_prompt", "reward": "toy_sort_preference"}
+
+
+@pytest.mark.parametrize("module", TOY_PROMPTS)
+def test_no_row_is_evaluated_that_was_trained_on(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def measure(held_out: Any, *args: Any) -> Any:
+        return seen.setdefault("held_out", held_out)
+
+    def train(trainer: Any, run: Any) -> None:
+        seen["trainer"] = trainer
+        raise UserError("far enough")
+
+    owner = reward if module == "reward" else online
+    monkeypatch.setattr(owner.HeldOut, "measure", measure)
+    monkeypatch.setattr(training, "train", train)
+    few = ["--max_train_samples", "64", "--max_eval_samples", "8"]
+    assert cli.main(["--module", module, "--toy", *few, "--output_dir", "run"]) == 1
+    data = getattr(toy, TOY_PROMPTS[module])()
+    test, validation, trained = (data[name].select(range(8)) for name in ("test", "validation", "train"))
+    trainer, held_out = seen["trainer"], seen["held_out"]
+    assert trainer.eval_dataset["prompt"][:] == validation["prompt"][:]
+    assert all(prompt in data["train"]["prompt"][:64] for prompt in trainer.train_dataset["prompt"])
+    if module == "reward":
+        job = training.load_job("tiny-qwen")
+        assert held_out.test == reward._encode_pairs(test, job, 64)
+        assert held_out.validation == reward._encode_pairs(validation, job, 64)
+    else:
+        assert [row["prompt"] for row in held_out.rows] == test["prompt"][:]
+    assert not {str(prompt) for prompt in trained["prompt"]} & {str(prompt) for prompt in test["prompt"]}
+
+
 # ---------------------------------------------------------------- checks notice what is wrong
 
 
@@ -260,6 +390,31 @@ def test_the_checks_of_grpo_read_advantages_and_groups() -> None:
     assert status_of(grpo.group_checks([*rows, {"advantages/largest_mean": 0.01}]))["advantages_sum_to_zero"] == "fail"
     assert status_of(grpo.group_checks(rows[::-1]))["groups_differ_at_the_start"] == "fail"
     assert set(status_of(grpo.group_checks([])).values()) == {"skip"}
+
+
+def test_advantages_are_averaged_over_whole_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here a group is spread over two micro-batches, each of which has a mean of its own."""
+    import trl
+
+    logged: list[dict[str, float]] = []
+    monkeypatch.setattr(trl.GRPOTrainer, "compute_loss", lambda self, model, inputs: 0.0)
+    monkeypatch.setattr(trl.GRPOTrainer, "log", lambda self, logs, start_time: logged.append(logs))
+    kind = grpo.trainer_class()
+    trainer: Any = kind.__new__(kind)
+    trainer._advantages, trainer._means = [], []
+    trainer.args = SimpleNamespace(steps_per_generation=2)
+    trainer.accelerator = SimpleNamespace(gather=lambda tensor: tensor)
+
+    def step(*advantages: float, training: bool = True) -> None:
+        trainer.compute_loss(SimpleNamespace(training=training), {"advantages": torch.tensor(advantages)})
+
+    for half in ((1.0, 0.5), (-0.5, -1.0), (1.0, 0.5), (-0.5, -1.02)):
+        step(*half)
+        step(9.0, training=False)  # of an evaluation
+    trainer.log({"loss": 0.0})
+    assert logged == [{"loss": 0.0, "advantages/largest_mean": pytest.approx(0.005, abs=1e-6)}]
+    trainer.log({"loss": 0.0})
+    assert logged[1] == {"loss": 0.0}
 
 
 def test_a_reward_function_under_grpo_says_which_sample_is_wrong() -> None:
@@ -396,110 +551,3 @@ def test_another_number_of_epochs_is_no_way_to_go_on(capsys) -> None:
     message = capsys.readouterr().err
     assert "checkpoint-4 was written after 4 optimizer steps, which is no multiple of num_ppo_epochs" in message
     assert "Traceback" not in message and "damaged" not in message
-
-
-# ---------------------------------------------------------------- the pipeline
-
-
-def rlhf_config(**values: Any) -> Config:
-    defaults = {"model_name_or_path": "tiny-qwen", "seed": 42, "sft": {}, "reward": {}, "ppo": {}}
-    return Config("rlhf", False, {**defaults, **values}, {}, parts=())
-
-
-def test_all_problems_of_all_stages_are_told_before_the_first_begins() -> None:
-    options = {
-        "sft": {"dataset_name": "toy-sort", "max_step": 3},
-        "reward": {"dataset_name": "toy-sort-preference", "model_name_or_path": "x"},
-        "ppo": {"dataset_name": "toy-sort-prompt", "reward_funcs": ["nothing"]},
-    }
-    problems = " ".join(rlhf.check(rlhf_config(**options)))
-    assert "stage sft: unknown key `max_step` (did you mean `max_steps`?)" in problems
-    assert "stage reward: `model_name_or_path` is set by the stages themselves" in problems
-    assert "`nothing`: there is no such function" in problems
-    assert "--model_name_or_path is missing" in " ".join(rlhf.check(rlhf_config(model_name_or_path=None)))
-
-
-def resolved(*argv: str) -> Config:
-    from llmcore_hf import config, registry
-
-    return config.resolve(registry.get("rlhf"), config.read_request(["--module", "rlhf", *argv]))
-
-
-def test_options_of_a_stage_are_laid_over_those_of_the_recipe() -> None:
-    recipe = resolved("--toy").values
-    changed = resolved("--toy", "--ppo", '{"kl_coef": 0.5, "max_eval_samples": 7}')
-    assert changed.values["ppo"] == recipe["ppo"] | {"kl_coef": 0.5, "max_eval_samples": 7}
-    assert (changed.values["sft"], changed.values["reward"]) == (recipe["sft"], recipe["reward"])
-    stage = rlhf.stage_config("ppo", changed, Path("ppo"), "tiny-qwen", "tiny-qwen")
-    assert (stage.values["kl_coef"], stage.values["vf_coef"]) == (0.5, recipe["ppo"]["vf_coef"])
-    Path("ppo.json").write_text('{"kl_coef": 0.5, "max_eval_samples": 7}')
-    assert resolved("--toy", "--ppo", "ppo.json").values["ppo"] == changed.values["ppo"]
-
-
-def test_a_file_the_recipe_and_the_command_line_add_up_and_are_written_down() -> None:
-    Path("mine.yaml").write_text("ppo:\n  kl_coef: 0.5\n  lam: 0.9\n")
-    first = resolved("--toy", "--config", "mine.yaml", "--ppo", '{"lam": 0.8}')
-    assert {name: first.values["ppo"][name] for name in ("kl_coef", "lam", "vf_coef")} == {
-        "kl_coef": 0.5,
-        "lam": 0.8,
-        "vf_coef": 0.5,
-    }
-    Path("resolved.yaml").write_text(first.to_yaml())
-    assert resolved("--config", "resolved.yaml").values["ppo"] == first.values["ppo"]
-
-
-@pytest.mark.parametrize("text", ["[1]", "{", "nowhere.json", "list.json"])
-def test_what_is_no_mapping_is_no_option_of_a_stage(text: str) -> None:
-    Path("list.json").write_text("[1]")
-    with pytest.raises(ConfigError, match="`ppo` takes a JSON mapping or the name of an existing JSON file"):
-        resolved("--toy", "--ppo", text)
-
-
-def test_the_gold_reward_is_the_function_of_weight_0() -> None:
-    options = {"reward_funcs": ["a", "mine.py:b"], "reward_weights": [1.0, 0.5, 0.0]}
-    assert rlhf.gold_reward(rlhf_config(ppo=options)) == "b"
-    assert rlhf.gold_reward(rlhf_config(ppo={"reward_funcs": ["a"], "reward_weights": [0.0, 1.0]})) is None
-    assert rlhf.gold_reward(rlhf_config()) is None
-
-
-@pytest.mark.parametrize(("curve", "status"), [([0.4, 0.9, 0.88], "pass"), ([0.4, 0.9, 0.6], "fail")])
-def test_over_optimization_is_a_gold_reward_that_falls_back(curve: list[float], status: str) -> None:
-    rows = [{"step": i, "ppo/eval_rewards/gold": value} for i, value in enumerate(curve)]
-    block = {"ci95": {"rewards/gold": [0.1, 0.2]}, "delta": {"rewards/gold": 0.15}}
-    assert status_of(rlhf.gold_checks(block, rows, "gold")) == {
-        "gold_reward_rose": "pass",
-        "no_over_optimization": status,
-    }
-    assert set(status_of(rlhf.gold_checks({"ci95": {}, "delta": {}}, [], None)).values()) == {"skip"}
-    block["ci95"]["rewards/gold"] = [-0.1, 0.2]
-    assert status_of(rlhf.gold_checks(block, rows, "gold"))["gold_reward_rose"] == "fail"
-
-
-def test_steps_of_the_stages_follow_one_another(tmp_path: Path) -> None:
-    for stage, steps in {"sft": [0, 5], "reward": [0, 2], "ppo": [4]}.items():
-        (tmp_path / stage).mkdir()
-        rows = "".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in steps)
-        (tmp_path / stage / "log_history.jsonl").write_text(rows)
-    rows = rlhf.merged_history(tmp_path)
-    assert [row["step"] for row in rows] == [0, 5, 5, 7, 11]
-    assert [next(name for name in row if name != "step") for row in rows] == [
-        *["sft/loss"] * 2,
-        *["reward/loss"] * 2,
-        "ppo/loss",
-    ]
-
-
-def test_an_adapter_of_the_first_stage_is_merged_for_the_next(tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    base = str(tiny.ensure("tiny-qwen"))
-    model = AutoModelForCausalLM.from_pretrained(base)
-    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
-    adapted.save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path)
-    merged = rlhf.whole_model(tmp_path)
-    ids = torch.tensor([[5, 6, 7]])
-    found = AutoModelForCausalLM.from_pretrained(merged).eval()(ids).logits
-    assert found.tolist()[0][0] == pytest.approx(adapted(ids).logits.tolist()[0][0], abs=1e-5)
-    assert rlhf.whole_model(merged) == merged

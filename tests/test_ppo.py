@@ -113,6 +113,8 @@ def test_the_kl_coefficient_follows_its_target() -> None:
     assert controller.value == pytest.approx(0.1 * 1.1)
     controller.update(1.9, 100)
     assert controller.value == pytest.approx(0.1 * 1.1 * 0.95)
+    controller.update(0.0, 50)  # however far below, at most a fifth per horizon
+    assert controller.value == pytest.approx(0.1 * 1.1 * 0.95 * 0.9)
 
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (0.9, 0.0)])
@@ -454,6 +456,40 @@ def test_a_resumed_critic_is_the_one_that_was_saved(tmp_path: Path) -> None:
     other.model.load_critic(tmp_path / "checkpoint-4")
     critic = other.model.value_model.state_dict()
     assert all(torch.equal(critic[name], value) for name, value in trainer.model.value_model.state_dict().items())
+
+
+def first_token(completion_ids, **kwargs):
+    return [float(ids[0]) for ids in completion_ids]
+
+
+def test_an_evaluation_answers_greedily_and_by_sampling_and_draws_nothing_from_the_training(tmp_path: Path) -> None:
+    trainer = quick(tmp_path, first_token)
+    rows = list(trainer.eval_dataset)
+    inputs = [tokenizer()(row["prompt"], return_tensors="pt") for row in rows]
+    best = [int(trainer.model.policy(**ids).logits[0, -1].argmax()) for ids in inputs]
+    before = torch.get_rng_state()
+    found = trainer.evaluate()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert found["eval_reward"] == pytest.approx(sum(best) / len(best))
+    assert found["eval_sampled_reward"] != pytest.approx(found["eval_reward"])
+    torch.manual_seed(123)
+    again = trainer.evaluate()
+    assert {name: value for name, value in again.items() if "runtime" not in name} == {
+        name: value for name, value in found.items() if "runtime" not in name
+    }
+
+
+def test_each_epoch_has_an_order_of_its_own(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def note(prompts, **kwargs):
+        asked.extend(prompts)
+        return [0.0] * len(prompts)
+
+    quick(tmp_path, note, num_ppo_epochs=1, max_steps=6, save_strategy="no").train()
+    epochs = [asked[i : i + 8] for i in (0, 8, 16)]
+    assert [sorted(epoch) for epoch in epochs] == [sorted(epochs[0])] * 3
+    assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
 def test_a_checkpoint_within_a_rollout_is_not_gone_on_from(tmp_path: Path) -> None:
