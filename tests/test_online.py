@@ -422,7 +422,7 @@ def test_a_reward_function_under_grpo_says_which_sample_is_wrong() -> None:
         return [0.0, math.nan]
 
     (scorer,) = make_scorers(nan, None)
-    (function,) = grpo.checked([scorer])
+    function = grpo.checked(scorer)
     assert function.__name__ == "nan"  # TRL names the metric after it
     state = SimpleNamespace(global_step=7)
     with pytest.raises(RewardError, match="`nan` returned nan for sample 1 of the prompts after step 7"):
@@ -437,7 +437,7 @@ def test_a_reward_function_under_grpo_gets_and_gives_what_trls_do() -> None:
     logged: dict[str, float] = {}
     state = SimpleNamespace(global_step=7)
     given = {"trainer_state": state, "log_metric": logged.__setitem__, "log_extra": None, "answer": ["a", "c"]}
-    (function,) = grpo.checked(make_scorers(some, None))
+    function = grpo.checked(make_scorers(some, None)[0])
     assert function(prompts=["p", "q"], completions=["a", "b"], completion_ids=[[1], [2]], **given) == [1.0, None]
     assert logged == {"seen": 7.0}
 
@@ -451,7 +451,8 @@ def test_a_batch_that_no_function_scores_ends_grpo() -> None:
     def empty(completions, **kwargs):
         return [0.0 if c == "" else None for c in completions]
 
-    functions = grpo.checked(make_scorers([even, empty], None))
+    functions = grpo.refusing_silence([grpo.checked(scorer) for scorer in make_scorers([even, empty], None)])
+    assert [function.__name__ for function in functions] == ["even", "empty"]  # TRL names the metrics after them
 
     def ask(*completions: str) -> list[list[float | None]]:
         given = {"prompts": ["p"] * len(completions), "completions": list(completions)}

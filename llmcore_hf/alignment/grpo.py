@@ -36,6 +36,7 @@ house_defaults = training.house_defaults
 # Of the mean advantage over whole groups. Nearly equal scores of a reward model are divided by a standard deviation of about
 # 1e-4, which makes 1e-3 of rounding errors (measured); a mean that is not the group's is off by about 1.
 TOLERANCE = 1e-2
+RewardFunction = Callable[..., list[float | None]]
 
 
 def argument_classes() -> tuple[type, ...]:
@@ -86,7 +87,7 @@ def make_trainer(config: Config, job: Job, splits: Splits, scorers: list[Scorer]
     model_args = config.part(ModelArguments)
     trainer = trainer_class()(
         model=job.path,
-        reward_funcs=checked(scorers),
+        reward_funcs=refusing_silence([checked(scorer) for scorer in scorers]),
         args=config.part(argument_classes()[-1]),
         train_dataset=splits.train,
         eval_dataset=splits.validation,
@@ -100,38 +101,51 @@ def make_trainer(config: Config, job: Job, splits: Splits, scorers: list[Scorer]
     return trainer
 
 
-def checked(scorers: list[Scorer]) -> list[Callable[..., list[float | None]]]:
-    """Reward functions that say which sample is wrong, where TRL would go on with NaN or stop with a traceback.
+def checked(scorer: Scorer) -> Callable[..., list[float | None]]:
+    """A reward function that says which sample is wrong, where TRL would go on with NaN or stop with a traceback.
 
     Reward models become functions as well: TRL's own code gives them plain text without the end token and the special tokens
     that RewardTrainer trained them with.
-
-    As in TRL, a completion about which no function has anything to say does not count. A batch of nothing else is refused:
-    TRL trains on with advantages of 0.
     """
-    spoke: list[bool] = []  # whether each function asked about this batch so far had anything to say
 
-    def of(scorer: Scorer) -> Callable[..., list[float | None]]:
-        def function(prompts: Any, completions: Any, completion_ids: Any, **more: Any) -> list[float | None]:
-            given = {name: more.pop(name) for name in GIVEN if name in more}
-            name = f"the prompts after step {given['trainer_state'].global_step}"
-            batch = Batch(prompts, completions, completion_ids, more, name)
-            values = scorer(batch, len(prompts), **given).tolist()
-            spoke.append(not all(map(math.isnan, values)))
-            if len(spoke) == len(scorers):
+    def function(prompts: Any, completions: Any, completion_ids: Any, **more: Any) -> list[float | None]:
+        given = {name: more.pop(name) for name in GIVEN if name in more}
+        batch = Batch(
+            prompts, completions, completion_ids, more, f"the prompts after step {given['trainer_state'].global_step}"
+        )
+        return [None if math.isnan(value) else value for value in scorer(batch, len(prompts), **given).tolist()]
+
+    function.__name__ = scorer.name  # TRL names the metric after it
+    return function
+
+
+def refusing_silence(functions: list[RewardFunction]) -> list[RewardFunction]:
+    """The same functions, which end the run when none of them has anything to say about a whole batch.
+
+    As in TRL, a single completion without a reward does not count; about a batch of nothing else TRL only warns, and trains
+    on with advantages of 0.
+    """
+    spoke: list[bool] = []  # of each function that TRL has asked about this batch so far, one after the other
+
+    def watched(function: RewardFunction) -> RewardFunction:
+        @functools.wraps(function)
+        def asked(prompts: Any, completions: Any, **more: Any) -> list[float | None]:
+            rewards = function(prompts=prompts, completions=completions, **more)
+            spoke.append(any(reward is not None for reward in rewards))
+            if len(spoke) == len(functions):
                 silence = not any(spoke)
                 spoke.clear()
                 if silence:
                     raise RewardError(
-                        f"every reward function returned None for all {len(prompts)} completions of {name}: there is "
-                        f"nothing to learn from. For example: {shown(batch, 0)}"
+                        f"every reward function returned None for all {len(prompts)} completions of the prompts after step "
+                        f"{more['trainer_state'].global_step}: there is nothing to learn from. For example: "
+                        + shown(Batch(prompts, completions, more["completion_ids"], {}, ""), 0)
                     )
-            return [None if math.isnan(value) else value for value in values]
+            return rewards
 
-        function.__name__ = scorer.name  # TRL names the metric after it
-        return function
+        return asked
 
-    return [of(scorer) for scorer in scorers]
+    return [watched(function) for function in functions]
 
 
 @functools.cache
