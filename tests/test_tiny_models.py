@@ -237,6 +237,19 @@ def test_an_intact_checkpoint_is_not_made_again(ensure: Callable[[str], Path], m
     assert ensure("tiny-qwen") == ensure("tiny-qwen")
 
 
+def test_any_rank_makes_a_whole_checkpoint(
+    ensure: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On a second machine rank 1 makes the cache; and `save_pretrained` by itself writes nothing there."""
+    alone = contents(ensure("tiny-gpt2"))
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda *args: 1)
+    tiny.make_model("gpt2", tiny.make_tokenizer(), seed=0).save_pretrained(tmp_path / "by itself")
+    assert not list((tmp_path / "by itself").glob("*"))
+    assert contents(ensure("tiny-gpt2")) == alone
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
