@@ -339,7 +339,7 @@ tiny._make = slow_make
 me.touch()
 while not other.exists():
     time.sleep(0.01)
-print(tiny.ensure("tiny-qwen"))
+print(f"folder {tiny.ensure('tiny-qwen')}")
 """
 
 
@@ -361,7 +361,7 @@ def test_two_processes_at_once_make_one_checkpoint(checkpoint: Callable[[str], P
     assert [process.returncode for process in processes] == [0, 0], results
     lines = [line for out, _ in results for line in out.splitlines()]
     assert lines.count("makes it") == 1
-    (folder,) = {Path(line) for line in lines if line != "makes it"}
+    (folder,) = {Path(line.removeprefix("folder ")) for line in lines if line.startswith("folder ")}
     assert contents(folder) == contents(checkpoint("tiny-qwen"))
     assert [path for path in (tmp_path / "cache" / "models").iterdir() if path.is_dir()] == [folder]
 
