@@ -542,6 +542,17 @@ def test_rewards_that_never_differ_are_told_by_the_check_and_not_by_a_crash() ->
     assert summary["error"] == "checks failed: ppo.held_out_reward_rose"
 
 
+@pytest.mark.parametrize("module", ["ppo", "grpo"])
+def test_rewards_that_fall_silent_in_the_training_end_it(capsys, module: str) -> None:
+    text = "def late(completions, trainer_state, **more):\n    return [None if trainer_state.max_steps else 0.0] * len(completions)\n"
+    Path("silent.py").write_text(text)
+    options = ("--reward_funcs", "silent.py:late", "--reward_weights", "1", "--output_dir", "run")
+    assert cli.main(["--module", module, "--toy", *FEW, *options]) == 1
+    message = capsys.readouterr().err
+    assert "every reward function returned None for" in message and "Traceback" not in message
+    assert "held-out" not in message  # those are asked before and after
+
+
 def test_another_number_of_epochs_is_no_way_to_go_on(capsys) -> None:
     small = ("--max_train_samples", "16", "--max_eval_samples", "4", "--per_device_train_batch_size", "8")
     run = ["--module", "ppo", "--toy", *small, "--save_strategy", "steps", "--output_dir", "run"]
