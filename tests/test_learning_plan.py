@@ -231,6 +231,29 @@ def test_a_later_experiment_that_fails_takes_nothing_away(folder: Path) -> None:
     assert passed(folder) == [3]
 
 
+@pytest.mark.parametrize(
+    ("language", "said"),
+    [("zh", "9 种错误里认出 {} 种，答错过 {} 种"), ("en", "{} of 9 bugs recognized, {} missed so far")],
+)
+def test_the_bug_zoo_is_part_of_the_progress(language: str, said: str, folder: Path, capsys: Any) -> None:
+    def shown() -> str:
+        assert cli.main(["progress", "--lang", language]) == 0
+        return str(capsys.readouterr().out)
+
+    assert said.format(0, 0) in shown()
+    for bug, right in (("kl_sign", False), ("pad_is_eos", True), ("pad_is_eos", False), ("no_such_bug", True)):
+        state.record_answer(f"bugzoo-{bug}", right)
+    assert said.format(1, 1) in shown()
+    state.record_answer("bugzoo-kl_sign", True)
+    assert said.format(2, 0) in shown()
+
+
+def test_the_zoo_comes_after_the_levels() -> None:
+    found = {"kl_sign": "found", "pad_is_eos": "missed"}
+    assert progress._next_command(progress.Progress({}, [], found)) == "python scripts/bugzoo.py"
+    assert progress._next_command(progress.Progress({}, [], {"kl_sign": "found"})) is None
+
+
 def test_missing_modules_are_said_to_be_missing(folder: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "MODULES", tuple(m for m in registry.MODULES if m.name != "bcq"))
     assert cli.main(["progress", "--lang", "en"]) == 0

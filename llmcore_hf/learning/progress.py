@@ -13,7 +13,7 @@ from pathlib import Path
 from llmcore_hf import registry
 from llmcore_hf.durability import write_atomically
 from llmcore_hf.errors import ConfigError, UserError
-from llmcore_hf.learning import evidence, exercise, items, plan, quiz, state
+from llmcore_hf.learning import bugzoo, evidence, exercise, items, plan, quiz, state
 from llmcore_hf.learning.evidence import SUMMARY, Run
 from llmcore_hf.learning.texts import Parser
 
@@ -23,6 +23,10 @@ WORDS = {
     "levels": {
         "zh": "| Level | 运行 | 测验 | 手撕 | 结果 |",
         "en": "| Level | Runs | Quiz | Exercises | Result |",
+    },
+    "zoo": {
+        "zh": "找错题：{n} 种错误里认出 {found} 种，答错过 {missed} 种（`python scripts/bugzoo.py --list`）",
+        "en": "Bug zoo: {found} of {n} bugs recognized, {missed} missed so far (`python scripts/bugzoo.py --list`)",
     },
     "passed": {"zh": "**通过**", "en": "**passed**"},
     "lacks": {"zh": "还差：{what}", "en": "lacks: {what}"},
@@ -111,6 +115,7 @@ class LevelProgress:
 class Progress:
     runs: dict[str, Run | None]  # every module of the registry and of the plan
     levels: list[LevelProgress]
+    bugs: dict[str, str]  # bug -> whether it was recognized, as `bugzoo.standing` says
 
 
 def collect() -> Progress:
@@ -133,7 +138,7 @@ def collect() -> Progress:
                 {name: name in passed for name, at in exercises().items() if at == level.level},
             )
         )
-    return Progress(runs, levels)
+    return Progress(runs, levels, bugzoo.standing(kept["answers"]))
 
 
 def report(progress: Progress, language: str) -> str:
@@ -148,6 +153,7 @@ def report(progress: Progress, language: str) -> str:
     lines = [WORDS["title"][language], "", WORDS["days"][language], "| --- | --- | --- | --- | --- |", *rows]
     lines += ["", WORDS["levels"][language], "| --- | --- | --- | --- | --- |"]
     lines += [_level_row(level, language) for level in progress.levels]
+    lines += ["", _zoo_line(progress.bugs, language)]
     if command := _next_command(progress):
         lines += ["", WORDS["next"][language].format(command=command)]
     return "\n".join(lines) + "\n"
@@ -177,8 +183,13 @@ def _level_row(level: LevelProgress, language: str) -> str:
     )
 
 
+def _zoo_line(bugs: dict[str, str], language: str) -> str:
+    words = list(bugs.values())
+    return WORDS["zoo"][language].format(n=len(words), found=words.count("found"), missed=words.count("missed"))
+
+
 def _next_command(progress: Progress) -> str | None:
-    """The first thing that can be done for the first level that is not passed."""
+    """The first thing that can be done for the first level that is not passed; after the last one, the bug zoo."""
     for level in progress.levels:
         for name, run in level.runs.items():
             if plan.find(name) and not proven(run):
@@ -187,6 +198,8 @@ def _next_command(progress: Progress) -> str | None:
             return f"python scripts/quiz.py --level {level.level}"
         if missing := [name for name, passed in level.exercises.items() if not passed]:
             return f"python scripts/exercise.py show {missing[0]}"
+    if set(progress.bugs.values()) != {"found"}:
+        return "python scripts/bugzoo.py"
     return None
 
 
