@@ -16,6 +16,7 @@ from conftest import ROOT
 from learning_runs import DELETE, RUNS, WITH_BRIEF, place, put, recorded
 
 from llmcore_hf import cli, registry, resources
+from llmcore_hf.errors import UserError
 from llmcore_hf.learning import brief, evidence
 from llmcore_hf.learning.claims import Claim
 from llmcore_hf.learning.evidence import Run
@@ -53,8 +54,19 @@ def test_a_source_fits_its_schema(module: str) -> None:
     jsonschema.validate(read_yaml(resources.path(f"recipes/{module}/brief.yaml")), schema)
 
 
-def test_the_modules_of_the_first_eleven_days_have_briefs() -> None:
-    assert {module.name for module in registry.MODULES if module.day <= 11} <= set(WITH_BRIEF)
+def test_every_module_has_a_brief() -> None:
+    assert [module.name for module in registry.MODULES] == WITH_BRIEF
+
+
+@pytest.mark.parametrize("key", ["on", "off", "yes", "no", "Yes", "NO", "true"])
+def test_a_key_that_yaml_takes_for_true_or_false_is_refused(key: str, tmp_path: Path) -> None:
+    file = tmp_path / "brief.yaml"
+    text = "result:\n  - id: x\n    values: {%s: [seed]}\n    zh: 是\n    en: is\n"
+    file.write_text(text % key, encoding="utf-8")
+    with pytest.raises(UserError, match=r"brief.yaml, result/0/values: a key reads as (true|false)"):
+        read_yaml(file)
+    file.write_text(text % f'"{key}"', encoding="utf-8")
+    assert read_yaml(file)["result"][0]["values"] == {key: ["seed"]}
 
 
 def fields(text: str) -> set[tuple[str, str]]:
@@ -126,7 +138,9 @@ def test_the_spoken_answer_takes_three_minutes(module: str) -> None:
 
 def test_a_chinese_text_is_folded_without_spaces() -> None:
     for module in WITH_BRIEF:
-        assert not re.search(r"[\u4e00-\u9fff，。；：] [\u4e00-\u9fff]", source_of(module).principle["zh"])
+        source = source_of(module)
+        for text in (source.definition, source.principle, source.engineering, source.next):
+            assert not re.search(r"[\u4e00-\u9fff，。；：”）] [\u4e00-\u9fff“]", text["zh"])
 
 
 # ---------------------------------------------------------------- numbers follow the summary
@@ -326,6 +340,14 @@ def test_a_damaged_summary_is_named(content: str, folder: Path, capsys: pytest.C
     (place("dpo", folder) / "summary.json").write_text(content)
     assert cli.main(["brief", "--module", "dpo"]) == 1
     assert "summary.json is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"a: b: c", b"\xff\xfe\x00", b"beta: [1"])
+def test_damaged_options_of_a_run_are_named(content: bytes, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place("dpo", folder) / "resolved_config.yaml").write_bytes(content)
+    assert cli.main(["brief", "--module", "dpo"]) == 1
+    captured = capsys.readouterr()
+    assert "resolved_config.yaml is damaged" in captured.err and captured.out == ""
 
 
 def test_it_never_imports_torch_and_answers_at_once(folder: Path) -> None:
