@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT
 from learning_runs import place
 
-from llmcore_hf import cli, resources
+from llmcore_hf import cli, registry, resources
 from llmcore_hf.learning import items, plan, quiz, quiz_export, state
 from llmcore_hf.learning.items import LEVELS, Item, Unreadable
 from llmcore_hf.learning.texts import LANGUAGES, read_yaml
@@ -47,8 +47,7 @@ def test_a_level_fits_the_schema_and_has_every_type(level: int) -> None:
 
 def test_ids_are_unique_and_name_their_level_and_a_module() -> None:
     assert len(BY_ID) == len(ITEMS)
-    known = {day.module for day in plan.load().days} | {name for lv in plan.load().levels for name in lv.modules}
-    known |= {"policy_gradient", "actor_critic"}
+    known = {module.name for module in registry.MODULES} | set(plan.load().required(5))
     for item in ITEMS:
         assert item.id.startswith(f"l{item.level}-") and item.module in known
 
@@ -56,6 +55,10 @@ def test_ids_are_unique_and_name_their_level_and_a_module() -> None:
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_level_asks_about_every_module_it_requires(level: int) -> None:
     assert set(plan.load().required(level)) <= {item.module for item in items.load(level)}
+
+
+def test_every_module_is_asked_about() -> None:
+    assert {module.name for module in registry.MODULES} <= {item.module for item in ITEMS}
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if "test" in row], ids=lambda row: row["id"])
