@@ -335,11 +335,46 @@ def test_what_is_wrong_is_said_in_one_message(
     assert not list(folder.iterdir())
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"checks": [], "module": "dpo"}', '{"checks": [1]}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"checks": [], "module": "dpo"}', '{"checks": [1]}', "[" * 100_000]
+)
 def test_a_damaged_summary_is_named(content: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place("dpo", folder) / "summary.json").write_text(content)
     assert cli.main(["brief", "--module", "dpo"]) == 1
     assert "summary.json is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (["wall_seconds"], "long"),
+        (["eval"], True),
+        (["eval", "before"], None),
+        (["eval", "ci95"], DELETE),
+        (["checks", "dpo.step0_loss_is_ln2", "status"], DELETE),
+        (["checks", "dpo.step0_loss_is_ln2", "observed"], DELETE),
+    ],
+)
+@pytest.mark.parametrize("command", ["brief", "cards", "progress", "export"])
+def test_a_summary_with_a_part_of_another_kind_is_damaged(
+    command: str, path: list[Any], value: Any, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def change(summary: dict[str, Any]) -> None:
+        if len(path) == 1:
+            summary[path[0]] = value
+        else:
+            put(summary, path, value)
+
+    place("dpo", folder, change)
+    argv = [command, "--module", "dpo"] if command in ("brief", "cards") else [command]
+    assert cli.main(argv) == 1
+    assert "summary.json is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_no_finite_number_is_no_evidence(number: float) -> None:
+    page = brief.markdown(source_of("dpo"), changed("dpo", (["eval", "after", "rewards/margins"], number)), "zh")
+    assert not re.search(r"\b(nan|inf)\b", page) and "隐式奖励差的均值从零涨到" not in page
 
 
 @pytest.mark.parametrize("content", [b"a: b: c", b"\xff\xfe\x00", b"beta: [1"])
