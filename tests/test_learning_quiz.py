@@ -176,20 +176,42 @@ def test_the_right_answer_is_right_and_others_are_not(item: Item) -> None:
             assert items.grade(item, "ABCDEF"[index].lower(), "zh").right is choice.right
 
 
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("item", [item for item in ITEMS if item.type == "short"], ids=lambda item: item.id)
+def test_a_model_answer_makes_every_point_and_the_question_none_to_spare(item: Item, language: str) -> None:
+    assert items.grade(item, items.solution(item, language), language).right
+    assert not items.grade(item, item.ask[language], language).right
+
+
 def test_letters_follow_the_order_that_was_shown() -> None:
     item = BY_ID["l1-markov"]  # its first choice is the right one
     assert items.grade(item, "C", "zh", shown=[2, 1, 0, 3]).right
     assert not items.grade(item, "A", "zh", shown=[2, 1, 0, 3]).right
+    assert items.grade(item, "ｃ", "zh", shown=[2, 1, 0, 3]).right
     order = BY_ID["l1-policy-iteration"]
     assert items.grade(order, "D C B A", "zh", shown=[3, 2, 1, 0]).right
 
 
 @pytest.mark.parametrize(
     ("typed", "right"),
-    [("2.75", True), (" 2.7504 ", True), ("275%", True), ("2.8", False), ("nan", False), ("inf", False)],
+    [
+        ("2.75", True),
+        (" 2.7504 ", True),
+        ("275%", True),
+        ("２．７５", True),
+        ("２７５％", True),
+        ("2.8", False),
+        ("nan", False),
+        ("inf", False),
+    ],
 )
 def test_numbers_may_be_written_in_several_ways(typed: str, right: bool) -> None:
     assert items.grade(BY_ID["l1-return"], typed, "zh").right is right
+
+
+@pytest.mark.parametrize("typed", ["1018624", "1,018,624", "１，０１８，６２４", "1018624.0", "1.018624e6"])
+def test_thousands_may_be_set_off(typed: str) -> None:
+    assert items.grade(BY_ID["l5-zero-peak"], typed, "en").right
 
 
 @pytest.mark.parametrize(
@@ -199,6 +221,9 @@ def test_numbers_may_be_written_in_several_ways(typed: str, right: bool) -> None
         ("l1-markov", "AB"),
         ("l1-markov", "甲"),
         ("l1-return", "two"),
+        ("l1-return", "2,75"),
+        ("l5-zero-peak", "1,01,8624"),
+        ("l5-zero-peak", "0,001"),
         ("l1-policy-iteration", "AB"),
         ("l1-policy-iteration", "AABB"),
         ("l1-why-online", "?"),
@@ -315,6 +340,9 @@ def test_review_asks_what_was_wrong_and_count_prefers_what_is_new(monkeypatch: p
         (["--level", "1", "--module", "dpo"], 2, "not allowed with"),
         (["--level", "1", "--count", "0"], 2, "at least 1"),
         (["--module", "dqo"], 2, "Did you mean `dpo`?"),
+        (["--export", "out", "--review"], 2, "--export writes all items"),
+        (["--export", "out", "--count", "3"], 2, "--export writes all items"),
+        (["--export", "out", "--seed", "0"], 2, "--export writes all items"),
     ],
 )
 def test_a_wrong_option_is_one_message(argv: list[str], code: int, said: str, capsys: Any) -> None:
