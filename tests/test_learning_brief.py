@@ -191,6 +191,15 @@ def test_a_claim_that_reads_a_check_needs_the_check_to_have_passed() -> None:
         assert claim.say(recorded("dpo"), "zh") and claim.say(run, "zh") is None
 
 
+def test_a_claim_that_reads_two_checks_needs_both() -> None:
+    ids = ["dpo.step0_loss_is_ln2", "dpo.no_likelihood_displacement"]
+    values: Any = {"a": ["checks", ids[0], "observed"], "b": ["checks", ids[1], "observed", "change_of_logps_chosen"]}
+    claim = Claim("x", values, (), {"zh": "{a} {b}", "en": "{a} {b}"})
+    assert claim.say(recorded("dpo"), "zh")
+    for id in ids:
+        assert claim.say(changed("dpo", (["checks", id, "status"], "fail")), "zh") is None
+
+
 def test_a_value_of_another_kind_silences_the_claim() -> None:
     claim = Claim("x", {"a": ["seed"]}, (), {"zh": "{a:.2f}", "en": "{a:.2f}"})
     assert claim.say(recorded("dpo"), "zh") == "42.00"
@@ -204,6 +213,8 @@ def test_a_value_of_another_kind_silences_the_claim() -> None:
         ({"above": [["seed"], 41]}, True),
         ({"above": [["seed"], 42]}, False),
         ({"below": [["seed"], 42.5]}, True),
+        ({"below": [["seed"], 42]}, False),
+        ({"below": [["nothing", "there"], 0]}, False),
         ({"below": [["seed"], ["wall_seconds"]]}, False),
         ({"above": [["nothing", "there"], 0]}, False),
         ({"above": [["module"], 0]}, False),

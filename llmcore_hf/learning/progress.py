@@ -30,6 +30,7 @@ WORDS = {
     },
     "passed": {"zh": "**通过**", "en": "**passed**"},
     "lacks": {"zh": "还差：{what}", "en": "lacks: {what}"},
+    "and": {"zh": "；", "en": "; "},
     "planned": {"zh": "模块尚未加入", "en": "module not there yet"},
     "no_run": {"zh": "还没有运行", "en": "no run yet"},
     "not_passed": {"zh": "（不算）", "en": " (does not count)"},
@@ -175,7 +176,7 @@ def _level_row(level: LevelProgress, language: str) -> str:
     result = (
         WORDS["passed"][language]
         if level.passed
-        else WORDS["lacks"][language].format(what="; ".join(level.lacks(language)))
+        else WORDS["lacks"][language].format(what=WORDS["and"][language].join(level.lacks(language)))
     )
     return (
         f"| {level.level} | {n_runs}/{len(level.runs)} | {level.quiz_right}/{level.quiz_all} "
