@@ -223,6 +223,24 @@ def test_a_run_that_failed_does_not_count(folder: Path, change: Any, capsys: Any
     assert "（不算）" in out and "`mdp` 的一次没有失败和警告的运行" in out and "--module mdp --toy" in out
 
 
+def test_of_runs_that_count_the_newest_is_shown(folder: Path) -> None:
+    place("mdp", folder)
+    newest = place("mdp", folder, lambda s: s.update(run_id="later", started_at="2025-02-01T00:00:00+00:00"))
+    place("mdp", folder, lambda s: s.update(run_id="last", started_at="2025-03-01T00:00:00+00:00", status="failed"))
+    run = progress.collect().runs["mdp"]
+    assert run is not None and run.path == newest
+
+
+def test_answers_and_exercises_count_for_their_own_level(folder: Path) -> None:
+    answer_all(2)
+    pass_exercises(2)
+    state.record_answer("an item that is gone", True)
+    levels = progress.collect().levels
+    assert [level.quiz_right for level in levels] == [0, levels[1].quiz_all, 0, 0, 0]
+    assert [sum(level.exercises.values()) for level in levels] == [0, len(levels[1].exercises), 0, 0, 0]
+    assert sum(len(level.exercises) for level in levels) == len(progress.exercises())
+
+
 def test_a_later_experiment_that_fails_takes_nothing_away(folder: Path) -> None:
     for name in ("sft", "dpo", "dpo_sigmoid"):
         place(name, folder)
