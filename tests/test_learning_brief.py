@@ -335,6 +335,10 @@ def test_a_run_may_be_named_and_the_brief_saved(folder: Path, capsys: pytest.Cap
         (["--module", "dpo", "--lnag", "en"], 2, "--lnag"),
         (["--modul", "dpo"], 2, "--module"),
         (["--module", "dpo", "--run", str(RUNS / "dpo"), "--save", "no/such/folder/x.md"], 1, "No such file"),
+        (["--module", "dpo", "--run", str(RUNS / "dpo"), "--save", "/"], 1, ": /\n"),
+        (["--module", "dpo", "--run", str(RUNS / "dpo"), "--save", "."], 1, ": .\n"),
+        (["--module", "dpo", "--run", str(RUNS / "dpo"), "--save", ""], 2, "--save: expected a value"),
+        (["--module", "dpo", "--run", ""], 2, "--run: expected a value"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_message(

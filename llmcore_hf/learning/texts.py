@@ -55,5 +55,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=name, description=description, allow_abbrev=False)
         self.add_argument("--lang", choices=LANGUAGES, default="zh", help="language of the texts (default: zh)")
 
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """As argparse does; an empty text, such as an unset variable of the shell, is no value."""
+        parsed = super().parse_args(*args, **kwargs)
+        if empty := [name for name, value in vars(parsed).items() if value == ""]:
+            self.error(f"argument --{empty[0]}: expected a value, not an empty text")
+        return parsed
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError([f"{message} (`--help` shows the options)"])
