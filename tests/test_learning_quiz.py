@@ -141,6 +141,7 @@ def test_an_item_about_a_run_is_asked_about_the_learners_numbers(
     assert asked.ask != item.ask and not re.search(r"[{}]", asked.ask["zh"] + asked.ask["en"])
     if "answer" in row["run"]:
         assert asked.answer is not None and items.grade(asked, str(asked.answer), "zh").right
+        assert asked.traps == ()  # their numbers belong to the general question
 
 
 # ---------------------------------------------------------------- grading
