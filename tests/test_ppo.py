@@ -669,6 +669,17 @@ def test_a_forward_pass_is_for_rows_of_similar_length(lengths: list[int], size: 
         assert len(group) == size or 1 + lengths[following[0]] < 0.75 * (1 + lengths[group[0]])
 
 
+def test_processes_that_share_layers_make_equally_many_forward_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each pass gathers a sharded model's layers, in all processes at once: with a pass less elsewhere they would wait."""
+    trainer = small_trainer(tmp_path, local_rollout_forward_batch_size=4)
+    sequences = rollout.Sequences.of([[7]] * 8, [[5] * n for n in (1, 1, 2, 4, 8, 16, 32, 64)], pad=0, device="cpu")
+    assert len(list(trainer._groups(sequences))) > 2
+    monkeypatch.setattr(trainer_module, "is_deepspeed_zero3_enabled", lambda: True)
+    assert [len(rows) for rows in trainer._groups(sequences)] == [4, 4]
+
+
 def test_rollout_and_update_compute_in_the_same_precision(tmp_path: Path) -> None:
     trainer = small_trainer(tmp_path, bf16=True, max_steps=4)
     seen: dict[bool, set[torch.dtype]] = {True: set(), False: set()}

@@ -440,7 +440,7 @@ class PPOTrainer(Trainer):
         values = torch.zeros(n, t + 1, device=device)
         model = self.accelerator.unwrap_model(self.model_wrapped)
         with self.accelerator.autocast():  # in the precision of the update, or the first ratio is not 1
-            for rows in sequences.by_similar_length(self.args.local_rollout_forward_batch_size):
+            for rows in self._groups(sequences):
                 inputs, own = sequences.select(rows)
                 mask = sequences.mask[rows, :own]
                 found, entropy = model.logprobs(**inputs, with_entropy=True)
@@ -452,6 +452,14 @@ class PPOTrainer(Trainer):
         if not self.kl_controller.value:
             ref_logprobs = logprobs
         return logprobs, entropies, ref_logprobs, values
+
+    def _groups(self, sequences: Sequences) -> Iterator[Tensor]:
+        """Rows for one forward pass each. The layers of a sharded model are gathered by all processes together, so there
+        each makes as many passes as the others."""
+        size = self.args.local_rollout_forward_batch_size
+        if is_deepspeed_zero3_enabled() or self.is_fsdp_enabled:
+            return sequences.by_length(torch.arange(len(sequences.mask), device=sequences.mask.device), size)
+        return sequences.by_similar_length(size)
 
     def _ref_logprobs(self, model: PolicyAndValue, inputs: dict[str, Any]) -> Tensor:
         how: dict[str, Any] = {"temperature": model.temperature, "keeps_logits": model.keeps_logits}
