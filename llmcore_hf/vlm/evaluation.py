@@ -7,7 +7,7 @@ only as far as it exceeds that.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -98,15 +98,18 @@ class HeldOut:
 
     def measure(self, trainer: Trainer, job: VisionJob) -> dict[str, list[float]]:
         """Per metric one value for each of its rows. `vqa_accuracy/shuffled` and `/blank` are the blind baselines."""
+        return self.measure_by(lambda rows: self.ask(rows, trainer, job))
 
-        answers = self.ask(self.rows, trainer, job)
+    def measure_by(self, ask: Callable[[list[Row]], Answers]) -> dict[str, list[float]]:
+        """The same of anything that answers rows."""
+        answers = ask(self.rows)
         self.answers = answers.texts
         metrics = _by_kind(self.rows, answers.texts)
         questions = [row for row in self.rows if not is_caption(row)]
         for how in BLIND:
-            metrics[f"vqa_accuracy/{how}"] = scores(questions, self.ask(blind(questions, how), trainer, job).texts)
+            metrics[f"vqa_accuracy/{how}"] = scores(questions, ask(blind(questions, how)).texts)
         if self.hard:
-            hard = _by_kind(self.hard, self.ask(self.hard, trainer, job).texts)
+            hard = _by_kind(self.hard, ask(self.hard).texts)
             metrics |= {f"hard/{name}": values for name, values in hard.items()}
         metrics["completions/terminated"] = [float(ended) for ended in answers.terminated]
         return metrics

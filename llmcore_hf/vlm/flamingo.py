@@ -77,6 +77,10 @@ def check(config: Config) -> list[str]:
     return problems
 
 
+def learns(name: str) -> bool:
+    return name.startswith(NEW)
+
+
 class FlamingoTrainer(StagedTrainer):
     """transformers' Trainer, with a learning rate of their own for the gates, which it logs."""
 
@@ -128,7 +132,9 @@ class Flamingo(VisionLesson):
             ),
         )
         trainer.gate_learning_rate = config.part(FlamingoArguments).gate_learning_rate
-        stage = Stage("training", n_steps, args.learning_rate, lambda n: n.startswith(NEW), range(len(splits.train)))
+        rows = splits.train
+        n_turns = [len(row["prompt"]) for row in rows.select_columns(["prompt"])]  # rows with examples are much longer
+        stage = Stage("training", n_steps, args.learning_rate, learns, range(len(rows)), n_turns)
         trainer.begin([stage])
         return trainer
 

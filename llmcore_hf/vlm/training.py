@@ -140,6 +140,8 @@ class Stage:
         learning_rate: the peak of its own schedule.
         trains: name of a parameter -> whether it learns; those that the checkpoint or PEFT froze never do.
         rows: numbers of the training rows it draws from.
+        lengths: for each training row how long it is, in any unit, when they differ much: batches are then of similar rows,
+            and little is padded.
     """
 
     name: str
@@ -147,6 +149,7 @@ class Stage:
     learning_rate: float
     trains: Callable[[str], bool]
     rows: Sequence[int]
+    lengths: Sequence[int] | None = None
 
 
 def caption_rows(rows: Dataset) -> list[int]:
@@ -154,6 +157,9 @@ def caption_rows(rows: Dataset) -> list[int]:
     prompts = rows.select_columns(["prompt"])
     found = [i for i, row in enumerate(prompts) if is_caption(row)]
     return found or list(range(len(rows)))
+
+
+N_SORTED = 8  # batches whose rows are sorted by length together
 
 
 class StageSampler(Sampler[int]):
@@ -173,7 +179,15 @@ class StageSampler(Sampler[int]):
                 for _ in itertools.count()
                 for i in torch.randperm(len(stage.rows), generator=generator).tolist()
             )
-            yield from itertools.islice(endless, stage.n_steps * self.batch_size)
+            drawn = itertools.islice(endless, stage.n_steps * self.batch_size)
+            yield from drawn if stage.lengths is None else self._by_length(drawn, stage.lengths, generator)
+
+    def _by_length(self, drawn: Iterator[int], lengths: Sequence[int], generator: torch.Generator) -> Iterator[int]:
+        """The same rows, a few batches at a time: sorted by length, cut into batches, the batches in random order."""
+        size = self.batch_size
+        while window := sorted(itertools.islice(drawn, N_SORTED * size), key=lengths.__getitem__):
+            for i in torch.randperm(len(window) // size, generator=generator).tolist():
+                yield from window[i * size : (i + 1) * size]
 
 
 class StageCallback(TrainerCallback):
