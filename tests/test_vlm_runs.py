@@ -48,6 +48,7 @@ def test_a_toy_sees(toy_run, module: str) -> None:
     after = summary["eval"]["after"]
     assert after["vqa_accuracy"] >= max(0.7, after["vqa_accuracy/shuffled"] + 0.4, after["vqa_accuracy/blank"] + 0.4)
     assert summary["eval"]["n"]["vqa_accuracy"] == 300 and after["caption_accuracy"] >= 0.3
+    assert all(after["caption_accuracy"] >= after[f"caption_accuracy/{how}"] + 0.2 for how in evaluation.BLIND)
     assert after["hard/vqa_accuracy"] >= 0.4, "color-shape pairs never seen"
     assert all(check["status"] == "pass" for check in summary["checks"])
     assert summary["peak_rss_mb"] < 2000

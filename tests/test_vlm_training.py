@@ -99,13 +99,17 @@ FEW = (
     "--warmup_steps",
     "0",
 )
-STAGES = {"llava": ("--stage1_steps", "2"), "blip2": ("--stage1_steps", "2", "--language_model_steps", "2")}
+STAGES = {
+    "llava": ("--stage1_steps", "2"),
+    "blip2": ("--stage1_steps", "2", "--language_model_steps", "2"),
+    "flamingo": (),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", STAGES)
 def test_a_resumed_run_ends_as_one_that_was_never_interrupted(monkeypatch, tmp_path: Path, name: str) -> None:
-    """From a checkpoint inside the first stage, and from one at its end."""
+    """From a checkpoint inside the first stage, and from one at its end. Cached features change nothing either."""
     command = ("--module", name, *SHORT, *FEW, *STAGES[name], "--max_steps", "6", "--lr_scheduler_type", "constant")
     (tmp_path / "whole").mkdir()
     run_here(monkeypatch, tmp_path / "whole", *command, "--save_strategy", "steps", "--save_steps", "1")
@@ -113,7 +117,7 @@ def test_a_resumed_run_ends_as_one_that_was_never_interrupted(monkeypatch, tmp_p
     weights = (whole / "model.safetensors").read_bytes()
     history = losses(whole)
     former = json.loads((whole / "summary.json").read_text())["eval"]
-    for step in (1, 2, 5):
+    for step in (1, 2):
         resume = ("--resume_from_checkpoint", f"run/checkpoint-{step}", "--save_strategy", "steps", "--save_steps", "1")
         _, summary = run_here(monkeypatch, tmp_path / "whole", *command, *resume)
         assert (whole / "model.safetensors").read_bytes() == weights, step
@@ -121,6 +125,10 @@ def test_a_resumed_run_ends_as_one_that_was_never_interrupted(monkeypatch, tmp_p
         assert summary["eval"] == former
     statuses = {check["id"]: check["status"] for check in summary["checks"]}
     assert statuses[f"{name}.frozen_parts_did_not_change"] == "pass"
+    (tmp_path / "uncached").mkdir()
+    run_here(monkeypatch, tmp_path / "uncached", *command, "--cache_vision_features", "false")
+    assert (tmp_path / "uncached" / "run" / "model.safetensors").read_bytes() == weights
+    assert losses(tmp_path / "uncached" / "run") == history
 
 
 @pytest.mark.slow
@@ -214,6 +222,71 @@ def test_bad_input_is_one_clear_message(monkeypatch, tmp_path: Path, capsys, kin
     assert cli.main(["--module", "llava", *model, *options, "--output_dir", "run"]) == code
     captured = capsys.readouterr()
     assert message in captured.err and "Traceback" not in captured.err
+
+
+def spoil(folder: Path) -> dict[str, str]:
+    """Files that are no usable images -> what is said of each."""
+    from test_vlm_data import huge_png, png
+
+    (folder / "text.png").write_text("no image at all")
+    (folder / "cut.png").write_bytes(png((64, 64))[:60])
+    (folder / "huge.png").write_bytes(huge_png())
+    return {
+        "nowhere.png": "there is no file",
+        "text.png": "is not an image",
+        "cut.png": "is damaged or cut off",
+        "huge.png": "scale it down",
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STAGES)
+def test_every_bad_image_of_a_dataset_is_told_with_its_row_before_anything_is_trained(
+    monkeypatch, tmp_path: Path, capsys, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = spoil(tmp_path)
+    Image.new("RGB", (8, 8)).save("good.png")
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "x"}]
+    rows = [{"image": file, "messages": turns} for file in ("good.png", *told)]
+    marks = [{"role": "user", "content": "<image> or <image>?"}, turns[1]]
+    rows += [{"image": "good.png", "messages": marks}]
+    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = ("--model_name_or_path", str(tiny.ensure(f"tiny-{name}")), "--max_steps", "1")
+    assert cli.main(["--module", name, *model, "--dataset_name", "mine.jsonl", "--output_dir", "run"]) == 1
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err + captured.out
+    for number, reason in enumerate(told.values(), start=2):
+        assert any(f"line {number}: `image`" in line and reason in line for line in captured.err.split("\n")), reason
+    assert any("line 6:" in line and "name 2 images, but the row has 1" in line for line in captured.err.split("\n"))
+    assert "line 1:" not in captured.err
+    assert not Path("run/model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STAGES)
+def test_a_bad_image_to_ask_about_is_one_message(monkeypatch, tmp_path: Path, capsys, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = ("--module", name, "--model_name_or_path", str(tiny.ensure(f"tiny-{name}")))
+    for i, (file, reason) in enumerate(spoil(tmp_path).items()):
+        assert cli.main([*model, "--image", file, "--question", "What?", "--output_dir", f"run{i}"]) == 1
+        captured = capsys.readouterr()
+        assert reason in captured.err and file in captured.err and "Traceback" not in captured.err + captured.out
+
+
+@pytest.mark.slow
+def test_data_of_descriptions_alone_are_judged_by_them(monkeypatch, tmp_path: Path) -> None:
+    for i in range(12):
+        Image.new("RGB", (32, 32), (20 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    rows = [{"image": f"{i}.png", "prompt": shapes.DESCRIBE, "completion": f"red {i}"} for i in range(12)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ("--dataset_name", str(tmp_path / "mine.jsonl"), "--model_name_or_path", str(tiny.ensure("tiny-llava")))
+    code, summary = run_here(
+        monkeypatch, tmp_path, "--module", "llava", *data, "--max_steps", "1", "--max_new_tokens", "4"
+    )
+    assert code == 0, summary["error"]
+    after = summary["eval"]["after"]
+    assert {"caption_accuracy", "caption_accuracy/shuffled"} <= set(after) and "vqa_accuracy" not in after
 
 
 def test_answers_are_compared_as_texts() -> None:

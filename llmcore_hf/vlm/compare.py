@@ -41,6 +41,7 @@ LATEST, NONE = "latest", "none"
 N_TIMED = 64  # images in the batch that is counted and timed
 N_TOKENS = 8  # of each answer that is timed
 ROUNDING = 0.01  # another device or precision may decide a close answer otherwise
+OTHERS = ("caption_accuracy", "caption_accuracy/shuffled", "hard/vqa_accuracy")  # shown where they were measured
 TRAINED_HERE, FOUND = "trained in this run", "finished runs"
 
 
@@ -357,7 +358,7 @@ def column(c: Contestant) -> dict[str, Any]:
         **{f"vqa_accuracy/{blind}": mean(c.scores[f"vqa_accuracy/{blind}"]) for blind in BLIND},
         "above_blind": mean(accuracy) - mean(c.scores[how]),
         "above_blind/ci95": list(paired_interval(c.scores[how], accuracy)),
-        **{name: mean(c.scores[name]) for name in ("caption_accuracy", "hard/vqa_accuracy") if name in c.scores},
+        **{name: mean(c.scores[name]) for name in OTHERS if name in c.scores},
     }
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 BLIND = ("shuffled", "blank")
+KINDS = {"vqa_accuracy": False, "caption_accuracy": True}  # metric -> whether its rows are captions
 
 
 def blind(rows: Sequence[Row], how: str) -> list[Row]:
@@ -97,7 +98,7 @@ class HeldOut:
         return generate(model, job.processor, rows, self.max_new_tokens, self.batch_size, trainer.accelerator)
 
     def measure(self, trainer: Trainer, job: VisionJob) -> dict[str, list[float]]:
-        """Per metric one value for each of its rows. `vqa_accuracy/shuffled` and `/blank` are the blind baselines."""
+        """Per metric one value for each of its rows. `.../shuffled` and `.../blank` are the blind baselines."""
         return self.measure_by(lambda rows: self.ask(rows, trainer, job))
 
     def measure_by(self, ask: Callable[[list[Row]], Answers]) -> dict[str, list[float]]:
@@ -105,9 +106,10 @@ class HeldOut:
         answers = ask(self.rows)
         self.answers = answers.texts
         metrics = _by_kind(self.rows, answers.texts)
-        questions = [row for row in self.rows if not is_caption(row)]
-        for how in BLIND:
-            metrics[f"vqa_accuracy/{how}"] = scores(questions, ask(blind(questions, how)).texts)
+        for name, wanted in KINDS.items():
+            rows = [row for row in self.rows if is_caption(row) is wanted]
+            for how in BLIND if rows else ():
+                metrics[f"{name}/{how}"] = scores(rows, ask(blind(rows, how)).texts)
         if self.hard:
             hard = _by_kind(self.hard, ask(self.hard).texts)
             metrics |= {f"hard/{name}": values for name, values in hard.items()}
@@ -127,8 +129,7 @@ def _by_kind(rows: Sequence[Row], answers: Sequence[str]) -> dict[str, list[floa
     """Accuracy of the answers to questions and, apart, of the descriptions."""
     all_scores = scores(rows, answers)
     captions = [is_caption(row) for row in rows]
-    kinds = {"vqa_accuracy": False, "caption_accuracy": True}
-    found = {name: [s for s, c in zip(all_scores, captions, strict=True) if c is kind] for name, kind in kinds.items()}
+    found = {name: [s for s, c in zip(all_scores, captions, strict=True) if c is kind] for name, kind in KINDS.items()}
     return {name: values for name, values in found.items() if values}
 
 

@@ -109,7 +109,7 @@ class FlamingoTrainer(StagedTrainer):
 
 class Flamingo(VisionLesson):
     usage = f"import llmcore_hf.vlm.flamingo_model  # tells the Auto classes about Flamingo\n{USAGE}"
-    name, title, kinds = "flamingo", "Flamingo", (FlamingoConfig.model_type,)
+    name, title, kinds, tower = "flamingo", "Flamingo", (FlamingoConfig.model_type,), "vision_model"
     panels = (
         Panel(
             "Gates: mean |tanh|",

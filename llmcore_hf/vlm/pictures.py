@@ -80,6 +80,7 @@ def curves(
         "vqa_accuracy/shuffled": "blind: other images",
         "vqa_accuracy/blank": "blind: blank images",
         "caption_accuracy": "captions",
+        "caption_accuracy/shuffled": "captions, blind: other images",
         "hard/vqa_accuracy": "questions, unseen pairs",
     }
     bars = {

@@ -43,6 +43,13 @@ class VisionArguments:
         },
     )
     stage1_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the first stage."})
+    cache_vision_features: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep pixel values and tower outputs of all training images in memory: the tower is frozen, so each is "
+            "computed once."
+        },
+    )
     image: list[str] | None = field(
         default=None, metadata={"help": "Train nothing: answer --question about this image file."}
     )
@@ -384,7 +391,7 @@ def learning_checks(prefix: str, block: dict[str, Any], blind: dict[str, tuple[f
     """
     from llmcore_hf.checks import Check
 
-    after, name = block["after"], "vqa_accuracy"
+    after, name = block["after"], headline(block["after"])
     low, high = block["ci95"][name]
     return [
         Check(
@@ -413,7 +420,13 @@ def learning_checks(prefix: str, block: dict[str, Any], blind: dict[str, tuple[f
 
 def above_blind(measured: dict[str, list[float]]) -> dict[str, tuple[float, float]]:
     """Blind baseline -> 95 % interval of what the accuracy exceeds it by, on the same rows."""
-    return {how: paired_interval(measured[f"vqa_accuracy/{how}"], measured["vqa_accuracy"]) for how in evaluation.BLIND}
+    name = headline(measured)
+    return {how: paired_interval(measured[f"{name}/{how}"], measured[name]) for how in evaluation.BLIND}
+
+
+def headline(measured: dict[str, Any]) -> str:
+    """What the run is judged by: answers to questions, or descriptions where nothing else is asked for."""
+    return next(name for name in evaluation.KINDS if name in measured)
 
 
 def stage_lengths(args: Any, stage1_steps: int, n_rows: int) -> tuple[int, int]:
