@@ -249,7 +249,12 @@ def test_unequal_budgets_other_answers_and_trained_towers_are_noticed(counts) ->
 @pytest.mark.slow
 def test_a_short_training_of_all_three_and_its_resume(monkeypatch, tmp_path: Path) -> None:
     """Mechanics alone: six steps teach nothing, so learning checks may warn. A stage that has ended is not run again."""
-    few = {"max_train_samples": 64, "max_eval_samples": 8, "max_generation_samples": 8, "per_device_eval_batch_size": 8}
+    few = {
+        "max_train_samples": 64,
+        "max_eval_samples": 8,
+        "max_generation_samples": 8,
+        "per_device_eval_batch_size": 100,
+    }
     budget = {
         "dataset_name": "toy-shapes",
         "max_steps": 6,

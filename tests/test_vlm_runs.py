@@ -77,13 +77,13 @@ def test_what_was_saved_answers_the_same(toy_run, module: str) -> None:
     from accelerate import Accelerator
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from llmcore_hf.data.shapes import toy_shapes
+    from llmcore_hf.data.reading import toy_dataset
     from llmcore_hf.vlm import flamingo_model  # noqa: F401  registers its class with the Auto classes
 
     run_dir = toy_run(module)[1]
     model, processor = AutoModelForImageTextToText.from_pretrained(run_dir), AutoProcessor.from_pretrained(run_dir)
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
-    rows = [*toy_shapes()["test"].select(range(5))]
+    rows = [*toy_dataset("toy-shapes")["test"].select(range(5))]
     answers = evaluation.generate(model.eval(), processor, rows, 12, 5, Accelerator(cpu=True))
     samples = summary_of(run_dir)["samples"]
     assert [sample["after"] for sample in samples] == answers.texts

@@ -14,6 +14,7 @@ from test_toy_runs import losses, run_here
 
 from llmcore_hf import cli
 from llmcore_hf.data import shapes
+from llmcore_hf.data.reading import toy_dataset
 from llmcore_hf.vlm import evaluation, tiny
 from llmcore_hf.vlm.data import answer_of
 from llmcore_hf.vlm.training import Stage, StageSampler
@@ -37,7 +38,7 @@ def test_every_stage_draws_from_its_rows_and_sees_all_before_any_again() -> None
 
 
 def test_blind_rows_keep_their_questions() -> None:
-    rows = [*shapes.toy_shapes()["test"].select(range(40))]
+    rows = [*toy_dataset("toy-shapes")["test"].select(range(40))]
     for how in evaluation.BLIND:
         changed = evaluation.blind(rows, how)
         assert [row["prompt"] for row in changed] == [row["prompt"] for row in rows]
@@ -72,7 +73,7 @@ def test_answers_in_a_batch_are_those_one_by_one_and_of_a_plain_loop(name: str) 
     model = AutoModelForImageTextToText.from_pretrained(path).eval()
     processor = AutoProcessor.from_pretrained(path)
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
-    rows = [*shapes.toy_shapes()["test"].select(range(8))]
+    rows = [*toy_dataset("toy-shapes")["test"].select(range(8))]
     accelerator = Accelerator(cpu=True)
     together = evaluation.generate(model, processor, rows, 12, 8, accelerator)
     alone = evaluation.generate(model, processor, rows, 12, 1, accelerator)
@@ -290,7 +291,7 @@ def test_data_of_descriptions_alone_are_judged_by_them(monkeypatch, tmp_path: Pa
 
 
 def test_answers_are_compared_as_texts() -> None:
-    rows: list[dict[str, Any]] = [*shapes.toy_shapes()["test"].select(range(4))]
+    rows: list[dict[str, Any]] = [*toy_dataset("toy-shapes")["test"].select(range(4))]
     truth = [answer_of(row) for row in rows]
     assert evaluation.scores(rows, truth) == [1.0] * 4
     assert evaluation.scores(rows, [truth[0] + " ", "nothing", *truth[2:]]) == [1.0, 0.0, 1.0, 1.0]

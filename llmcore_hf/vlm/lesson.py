@@ -14,7 +14,7 @@ from llmcore_hf.checks import Check
 from llmcore_hf.config import Config
 from llmcore_hf.curves import Panel
 from llmcore_hf.data.loading import DataArguments, Splits
-from llmcore_hf.data.shapes import toy_shapes
+from llmcore_hf.data.reading import toy_dataset
 from llmcore_hf.errors import UserError
 from llmcore_hf.run_dir import RunDirectory
 from llmcore_hf.vlm import evaluation, images, pictures, training
@@ -217,7 +217,7 @@ def spread(n: int, wanted: int) -> list[int]:
 
 def hard_rows(data_args: DataArguments) -> Any:
     """Rows of the harder split; None for data without one."""
-    return toy_shapes()["hard"] if str(data_args.dataset_name).startswith("toy-shapes") else None
+    return toy_dataset("toy-shapes")["hard"] if str(data_args.dataset_name).startswith("toy-shapes") else None
 
 
 def samples(rows: list[dict[str, Any]], before: list[str], after: list[str]) -> list[dict[str, str]]:

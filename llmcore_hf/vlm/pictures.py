@@ -169,7 +169,7 @@ def _draw_accuracy(axis: Any, names: list[str], table: dict[str, Any], colors: d
     """Accuracy with its interval, the two blind baselines, and unseen pairs."""
     for i, name in enumerate(names):
         value, (low, high) = table["vqa_accuracy"][name], table["vqa_accuracy/ci95"][name]
-        axis.bar(i, value, 0.6, color=colors[name], yerr=[[value - low], [high - value]], capsize=5)
+        axis.bar(i, value, 0.6, color=colors[name], yerr=[[max(0, value - low)], [max(0, high - value)]], capsize=5)
         axis.text(i, high + 0.015, f"{value:.2f}", ha="center", fontsize=9)
         for row, marker, label in (
             ("vqa_accuracy/shuffled", "x", "blind: other images"),
