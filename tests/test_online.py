@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmcore_hf import cli, stages
+from llmcore_hf import cli
 from llmcore_hf.alignment import grpo, online, ppo, rewards, rlhf
 from llmcore_hf.alignment.evaluation import Answers
 from llmcore_hf.alignment.online import Measured
@@ -361,7 +361,7 @@ def test_steps_of_the_stages_follow_one_another(tmp_path: Path) -> None:
         (tmp_path / stage).mkdir()
         rows = "".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in steps)
         (tmp_path / stage / "log_history.jsonl").write_text(rows)
-    rows = stages.merged_history({stage: tmp_path / stage for stage in rlhf.STAGES})
+    rows = rlhf.merged_history(tmp_path)
     assert [row["step"] for row in rows] == [0, 5, 5, 7, 11]
     assert [next(name for name in row if name != "step") for row in rows] == [
         *["sft/loss"] * 2,

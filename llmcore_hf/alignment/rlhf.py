@@ -22,6 +22,7 @@ from llmcore_hf.curves import HELD_OUT, REJECTED, TRAIN, Line, Panel, draw
 from llmcore_hf.errors import ConfigError
 from llmcore_hf.models.tiny import TINY_MODELS
 from llmcore_hf.run_dir import RunDirectory
+from llmcore_hf.stages import as_check, merged_eval, read_summary, run_stage
 
 STAGES = ("sft", "reward", "ppo")
 # The gold reward may end this far below the best it has been, before it counts as over-optimization.
@@ -96,23 +97,22 @@ def run(config: Config, run_dir: RunDirectory) -> None:
     model, reward_model = str(config.values["model_name_or_path"]), ""
     for stage in STAGES:
         folder = run_dir.path / stage
-        stages.run_stage(stage, stage_config(stage, config, folder, model, reward_model), folder, run_dir)
+        run_stage(stage, stage_config(stage, config, folder, model, reward_model), folder, run_dir)
         if stage == "sft":
             model = str(whole_model(folder))
         elif stage == "reward":
             reward_model = str(folder)
-    folders = {stage: run_dir.path / stage for stage in STAGES}
-    summaries = {stage: stages.read_summary(folder) for stage, folder in folders.items()}
-    rows = stages.merged_history(folders)
+    summaries = {stage: read_summary(run_dir.path / stage) for stage in STAGES}
+    rows = merged_history(run_dir.path)
     run_dir.history = rows
     run_dir.write("log_history.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     run_dir.summary["model"] = summaries["ppo"]["model"] | {"name_or_path": config.values["model_name_or_path"]}
-    run_dir.summary["eval"] = stages.merged_eval(summaries)
+    run_dir.summary["eval"] = merged_eval(summaries)
     run_dir.summary["samples"] = [
         {"stage": stage, **sample} for stage in STAGES for sample in summaries[stage]["samples"]
     ]
     gold = gold_reward(config)
-    run_dir.checks += [stages.as_check(found) for stage in STAGES for found in summaries[stage]["checks"]]
+    run_dir.checks += [as_check(found) for stage in STAGES for found in summaries[stage]["checks"]]
     run_dir.checks += gold_checks(summaries["ppo"]["eval"], rows, gold)
     run_dir.write("training_curves.png", draw_curves(run_dir, gold))
 
@@ -135,6 +135,10 @@ def whole_model(folder: Path) -> Path:
 
 
 # ------------------------------------------------------------ what came out
+
+
+def merged_history(path: Path) -> list[dict[str, Any]]:
+    return stages.merged_history({stage: path / stage for stage in STAGES})
 
 
 def gold_reward(config: Config) -> str | None:
