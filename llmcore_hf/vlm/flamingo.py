@@ -142,7 +142,7 @@ class Flamingo(VisionLesson):
         self, trainer: StagedTrainer, job: VisionJob, splits: Splits, held_out: HeldOut
     ) -> dict[str, list[float]]:
         """Accuracy with 0, 1, 2 and 4 examples; the questions differ, for each has its own examples."""
-        if not splits.source.startswith("toy-shapes"):
+        if splits.source != "toy-shapes-few-shot":
             return {}
         measured = {}
         for n in SHOTS:
