@@ -118,7 +118,8 @@ def place(folder: Path, module: str, **fields: Any) -> Path:
     """What a finished run leaves, as far as the choice of runs looks at it."""
     folder.mkdir(parents=True)
     (folder / "summary.json").write_text(json.dumps({"module": module, "status": "ok", "eval": {"n": {}}, **fields}))
-    (folder / "config.json").write_text("{}")
+    for name in ("config.json", "resolved_config.yaml", "log_history.jsonl"):
+        (folder / name).write_text("{}")
     return folder
 
 
@@ -142,6 +143,8 @@ BAD_RUNS: dict[str, tuple[list[str], str]] = {
     "one left out": (["llava", "blip2"], "--runs must name one run each of llava, blip2, flamingo, not: llava, blip2"),
     "not ended": (["llava", "blip2", "stopped"], "it has not come to its end (status interrupted)"),
     "damaged": (["llava", "blip2", "damaged"], "--runs damaged: its summary.json is damaged"),
+    "a list": (["llava", "blip2", "list"], "--runs list: its summary.json is damaged"),
+    "in part": (["llava", "blip2", "part"], "--runs part: it lacks resolved_config.yaml"),
 }
 
 
@@ -152,6 +155,8 @@ def test_runs_that_cannot_be_compared_are_named(tmp_path: Path, monkeypatch, cap
         place(Path(module), module)
     place(Path("stopped"), "flamingo", status="interrupted")
     (place(Path("damaged"), "flamingo") / "summary.json").write_text("{")
+    (place(Path("list"), "flamingo") / "summary.json").write_text("[]")
+    (place(Path("part"), "flamingo") / "resolved_config.yaml").unlink()
     names, message = BAD_RUNS[kind]
     assert cli.main(["--module", "vlm", "--runs", *names, "--output_dir", "run"]) == 1
     captured = capsys.readouterr()

@@ -90,6 +90,27 @@ def test_what_was_saved_answers_the_same(toy_run, module: str) -> None:
     assert [(s["prompt"], s["reference"]) for s in samples] == [(question_of(row), answer_of(row)) for row in rows]
 
 
+def test_the_comparison_takes_finished_runs(toy_run, llmcore: Run, tmp_path: Path) -> None:
+    """Budgets of the toys differ, and it says so; accuracies are measured again on what was saved."""
+    folders = {module: toy_run(module)[1] for module in MODULES}
+    options = ("--module", "vlm", "--toy", "--runs", *map(str, folders.values()), "--output_dir", "run")
+    result = llmcore(*options, cwd=tmp_path, timeout=600, OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    summary = summary_of(tmp_path / "run")
+    validate_summary(summary)
+    block = summary["comparison"]
+    assert (block["source"], block["equal_budget"]) == ("finished runs", False)
+    assert block["runs"] == {module: str(folder) for module, folder in folders.items()}
+    statuses = {check["id"]: check["status"] for check in summary["checks"]}
+    assert statuses.pop("vlm.equal_budget") == "skip" and set(statuses.values()) == {"pass"}
+    for module, folder in folders.items():
+        after = summary_of(folder)["eval"]["after"]
+        assert block["table"]["vqa_accuracy"][module] == after["vqa_accuracy"]
+        assert 0 < block["table"]["parameters_trained"][module] < block["table"]["parameters"][module]
+    assert (tmp_path / "run" / "training_curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "Budget (training rows): NOT equal" in result.stdout
+
+
 def test_flamingo_learns_from_examples(toy_run) -> None:
     summary = summary_of(toy_run("flamingo")[1])
     after = summary["eval"]["after"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -35,6 +36,19 @@ def test_every_stage_draws_from_its_rows_and_sees_all_before_any_again() -> None
     assert Counter(drawn[:15]) == dict.fromkeys(range(5), 3)
     assert set(drawn[15:22]) == set(range(5, 12)) and set(drawn[15:]) == set(range(5, 12))
     assert drawn == list(sampler) and drawn != list(StageSampler(stages(3, 4), 5, 2))
+
+
+def test_batches_are_of_similar_rows_where_lengths_differ_much() -> None:
+    """The same rows as without, in other batches: every fourth row is long, and four batches in 16 are."""
+    lengths = [1 + 9 * (i % 4 == 0) for i in range(64)]
+    plain = Stage("a", 16, 0.1, lambda name: True, range(64))
+    similar = dataclasses.replace(plain, lengths=lengths)
+    drawn = list(StageSampler([similar], 8, 1))
+    assert Counter(drawn) == Counter(StageSampler([plain], 8, 1)) == dict.fromkeys(range(64), 2)
+    assert drawn == list(StageSampler([similar], 8, 1)), "a resumed run draws the same"
+    batches = [[lengths[row] for row in drawn[i : i + 8]] for i in range(0, len(drawn), 8)]
+    assert all(len(set(batch)) == 1 for batch in batches)
+    assert batches != sorted(batches) and sum(map(max, batches)) == 4 * 10 + 12 * 1
 
 
 def test_blind_rows_keep_their_questions() -> None:

@@ -172,11 +172,15 @@ def unusable(folder: Path) -> str | None:
     except FileNotFoundError:
         return "there is no finished run"
     except (OSError, ValueError):
+        summary = None
+    if not isinstance(summary, dict):
         return "its summary.json is damaged"
     if summary.get("module") not in MODULES:
         return f"it is a run of `{summary.get('module')}`, not of {', '.join(MODULES)}"
     if summary.get("status") != "ok" or not summary.get("eval"):
         return f"it has not come to its end (status {summary.get('status')}): take one with status ok"
+    if missing := [name for name in ("resolved_config.yaml", "log_history.jsonl") if not (folder / name).exists()]:
+        return f"it lacks {' and '.join(missing)}"
     if not (folder / "config.json").exists():
         return "it left no whole model (LoRA runs leave an adapter alone): train it without --use_peft"
     return None
