@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ppo_toys import V, config, lora, policy, small_trainer, tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, GenerationConfig
@@ -466,6 +469,19 @@ def test_without_a_reference_the_kl_is_unknown_and_not_0(tmp_path: Path) -> None
     trainer.train()
     rows = [row for row in trainer.state.log_history if "objective/scores" in row]
     assert rows and not any("objective/kl" in row or "objective/kl_k3" in row for row in rows)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 8))
+def test_a_forward_pass_is_for_rows_of_similar_length(lengths: list[int], size: int) -> None:
+    sequences = rollout.Sequences.of([[7]] * len(lengths), [[5] * n for n in lengths], pad=0, device="cpu")
+    groups = [group.tolist() for group in sequences.by_similar_length(size)]
+    assert sorted(itertools.chain(*groups)) == list(range(len(lengths)))
+    for group in groups:
+        own = [1 + lengths[row] for row in group]
+        assert len(own) <= size and min(own) >= 0.75 * max(own)
+    for group, following in itertools.pairwise(groups):  # no group ends early
+        assert len(group) == size or 1 + lengths[following[0]] < 0.75 * (1 + lengths[group[0]])
 
 
 def test_rollout_and_update_compute_in_the_same_precision(tmp_path: Path) -> None:

@@ -237,6 +237,19 @@ def test_an_intact_checkpoint_is_not_made_again(ensure: Callable[[str], Path], m
     assert ensure("tiny-qwen") == ensure("tiny-qwen")
 
 
+def test_any_rank_makes_a_whole_checkpoint(
+    ensure: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On a second machine rank 1 makes the cache; and `save_pretrained` by itself writes nothing there."""
+    alone = contents(ensure("tiny-gpt2"))
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda *args: 1)
+    tiny.make_model("gpt2", tiny.make_tokenizer(), seed=0).save_pretrained(tmp_path / "by itself")
+    assert not list((tmp_path / "by itself").glob("*"))
+    assert contents(ensure("tiny-gpt2")) == alone
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -326,7 +339,7 @@ tiny._make = slow_make
 me.touch()
 while not other.exists():
     time.sleep(0.01)
-print(tiny.ensure("tiny-qwen"))
+print(f"folder {tiny.ensure('tiny-qwen')}")
 """
 
 
@@ -348,7 +361,7 @@ def test_two_processes_at_once_make_one_checkpoint(checkpoint: Callable[[str], P
     assert [process.returncode for process in processes] == [0, 0], results
     lines = [line for out, _ in results for line in out.splitlines()]
     assert lines.count("makes it") == 1
-    (folder,) = {Path(line) for line in lines if line != "makes it"}
+    (folder,) = {Path(line.removeprefix("folder ")) for line in lines if line.startswith("folder ")}
     assert contents(folder) == contents(checkpoint("tiny-qwen"))
     assert [path for path in (tmp_path / "cache" / "models").iterdir() if path.is_dir()] == [folder]
 

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest import mock
 
 from llmcore_hf.data import toy
 from llmcore_hf.errors import UserError
@@ -120,8 +121,18 @@ def cached(name: str, make: Callable[[Path], None]) -> Path:
         if folder.exists():
             print(f"The cached checkpoint {folder} is damaged; making it again.", file=sys.stderr)
             shutil.rmtree(folder)
-        make(folder)
+        with _saving_on_any_rank():
+            make(folder)
     return folder
+
+
+@contextmanager
+def _saving_on_any_rank() -> Iterator[None]:
+    """`save_pretrained` writes on rank 0 alone, and nothing elsewhere; but every machine of a job has its own cache."""
+    import torch
+
+    with mock.patch.object(torch.distributed, "is_initialized", return_value=False):
+        yield
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 STRETCH = 32  # tokens generated before rows that have ended are left out
+SIMILAR = 0.75  # rows that are shorter than this part of the longest one go into another forward pass
 
 
 @dataclass
@@ -61,6 +62,17 @@ class Sequences:
         """The rows in groups of at most `size`, similar lengths together."""
         lengths = self.attention_mask[rows].sum(1)
         yield from rows[lengths.argsort(descending=True, stable=True)].split(size)
+
+    def by_similar_length(self, size: int) -> Iterator[Tensor]:
+        """All rows in groups of at most `size`; the shortest row of a group is at least `SIMILAR` of its longest."""
+        lengths = self.attention_mask.sum(1)
+        order = lengths.argsort(descending=True, stable=True)
+        start = 0
+        for end, length in enumerate(lengths[order].tolist()):
+            if end - start == size or length < SIMILAR * lengths[order[start]]:
+                yield order[start:end]
+                start = end
+        yield order[start:]
 
 
 @dataclass

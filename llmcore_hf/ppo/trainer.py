@@ -418,7 +418,7 @@ class PPOTrainer(Trainer):
         values = torch.zeros(n, t + 1, device=device)
         model = self.accelerator.unwrap_model(self.model_wrapped)
         with self.accelerator.autocast():  # in the precision of the update, or the first ratio is not 1
-            for rows in sequences.by_length(torch.arange(n, device=device), self.args.local_rollout_forward_batch_size):
+            for rows in sequences.by_similar_length(self.args.local_rollout_forward_batch_size):
                 inputs, own = sequences.select(rows)
                 mask = sequences.mask[rows, :own]
                 found, entropy = model.logprobs(**inputs, with_entropy=True)
