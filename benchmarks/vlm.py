@@ -31,7 +31,7 @@ from llmcore_hf.vlm.data import is_caption, load_splits
 from llmcore_hf.vlm.training import StagedTrainer, VisionJob
 
 TITLES = {"llava": "LLaVA", "blip2": "BLIP-2", "flamingo": "Flamingo"}
-N_STEPS, BATCH, N_ASKED, N_TOKENS = 50, 64, 100, 12
+N_STEPS, BATCH, N_ASKED, N_TOKENS = 40, 64, 100, 12
 # What learns in the plain loops: what learns in the last stage of the toys.
 FROZEN = {"llava": ("vision_tower",), "blip2": ("vision_model",), "flamingo": ("vision_model", "language_model")}
 
@@ -186,7 +186,7 @@ def ablation_row(name: str, seeds: list[int]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     args = parser.parse_args()
     torch.set_num_threads(1)
