@@ -174,8 +174,13 @@ def test_the_budget_is_the_same_for_all() -> None:
     assert compare.check(config(budget=budget, **models)) == []
     more = {**models, "llava": {**models["llava"], "max_steps": 9}, "blip2": {"stage1_step": 2}}
     problems = " ".join(compare.check(config(budget=budget, **more)))
-    assert "stage llava: `max_steps` is set by the stages themselves" in problems
+    assert "stage llava: `max_steps` is set for all three by `budget`" in problems
     assert "stage blip2: unknown key `stage1_step` (did you mean `stage1_steps`?)" in problems
+    wrong = {**budget, "learning_rat": 1.0, "max_steps": "many", "output_dir": "x"}
+    problems = " ".join(compare.check(config(budget=wrong, **models)))
+    assert "stage flamingo: unknown key `learning_rat` (did you mean `learning_rate`?)" in problems
+    assert "max_steps" in problems and "stage blip2: `output_dir` is set by the stages themselves" in problems
+    assert "--llava must be a mapping" in compare.check(config(budget=budget, **{**models, "llava": "x"}))[0]
     assert "--budget is missing" in compare.check(config())[0]
     assert compare.check(config(runs=["a", "b", "c"])) == []
 

@@ -86,6 +86,9 @@ def check(config: Config) -> list[str]:
         return problems
     if not config.values["budget"]:
         return [*problems, "--budget is missing (or --toy for the offline recipe, or --runs to compare finished runs)"]
+    no_mapping = [name for name in ("budget", *MODULES) if not isinstance(config.values[name] or {}, dict)]
+    if no_mapping:
+        return [*problems, *(f"--{name} must be a mapping of options: write it into a file" for name in no_mapping)]
     for module in MODULES:
         try:
             training_config(module, config, Path(module))
@@ -100,9 +103,11 @@ def training_config(module: str, config: Config, folder: Path) -> Config:
     Raises:
         ConfigError: its options are wrong, or change what the budget fixes for all.
     """
-    given = {**config.values["budget"], "output_dir": str(folder), "seed": config.values["seed"]}
-    own = config.values[module] or {}
-    return resolve_mapping(registry.get(module), own, f"stage {module}", given, toy=False)
+    budget, own = config.values["budget"] or {}, config.values[module] or {}
+    if both := sorted(budget.keys() & own.keys()):
+        raise ConfigError([f"`{name}` is set for all three by `budget`" for name in both])
+    given = {"output_dir": str(folder), "seed": config.values["seed"]}
+    return resolve_mapping(registry.get(module), {**budget, **own}, f"stage {module}", given, toy=False)
 
 
 def run(config: Config, run_dir: RunDirectory) -> None:
