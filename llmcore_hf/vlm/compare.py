@@ -86,9 +86,6 @@ def check(config: Config) -> list[str]:
         return problems
     if not config.values["budget"]:
         return [*problems, "--budget is missing (or --toy for the offline recipe, or --runs to compare finished runs)"]
-    no_mapping = [name for name in ("budget", *MODULES) if not isinstance(config.values[name] or {}, dict)]
-    if no_mapping:
-        return [*problems, *(f"--{name} must be a mapping of options: write it into a file" for name in no_mapping)]
     for module in MODULES:
         try:
             training_config(module, config, Path(module))
