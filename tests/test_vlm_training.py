@@ -117,7 +117,7 @@ FEW = (
 STAGES = {
     "llava": ("--stage1_steps", "2"),
     "blip2": ("--stage1_steps", "2", "--language_model_steps", "2"),
-    "flamingo": (),
+    "flamingo": ("--dataset_name", "toy-shapes"),
 }
 
 

@@ -90,7 +90,8 @@ class HeldOut:
 
     @classmethod
     def of(cls, test: Dataset, hard: Dataset | None, n: int, max_new_tokens: int, batch_size: int) -> HeldOut:
-        return cls([*test.select(range(min(n, len(test))))], [*hard] if hard else [], max_new_tokens, batch_size)
+        rows, hard_rows = ([*split.select(range(min(n, len(split))))] if split else [] for split in (test, hard))
+        return cls(rows, hard_rows, max_new_tokens, batch_size)
 
     def ask(self, rows: list[Row], trainer: Trainer, job: VisionJob) -> Answers:
         """What the model answers to the rows."""
