@@ -132,7 +132,7 @@ def test_a_resumed_run_ends_as_one_that_was_never_interrupted(monkeypatch, tmp_p
     weights = (whole / "model.safetensors").read_bytes()
     history = losses(whole)
     former = json.loads((whole / "summary.json").read_text())["eval"]
-    for step in (1, 2):
+    for step in (1, 2) if "--stage1_steps" in command else (2,):
         resume = ("--resume_from_checkpoint", f"run/checkpoint-{step}", "--save_strategy", "steps", "--save_steps", "1")
         _, summary = run_here(monkeypatch, tmp_path / "whole", *command, *resume)
         assert (whole / "model.safetensors").read_bytes() == weights, step
