@@ -166,10 +166,12 @@ def prompts(n: int) -> Dataset:
 
 
 def ppo(problem: Problem, folder: str, n_prompts: int = 256, max_steps: int = 300, **options: Any) -> Any:
+    """The critic starts at 0, where every advantage is the whole reward: a warm-up lets it learn before the policy moves far."""
     from llmcore_hf.ppo import PPOConfig, PPOTrainer
 
+    rate = {**RATE, "learning_rate": 5e-3, "warmup_steps": max_steps // 10}
     args = PPOConfig(
-        folder, **QUIET, **RATE, seed=problem.seed, max_steps=max_steps, max_completion_length=1, kl_coef=problem.beta,
+        folder, **QUIET, **rate, seed=problem.seed, max_steps=max_steps, max_completion_length=1, kl_coef=problem.beta,
         per_device_train_batch_size=n_prompts, local_rollout_forward_batch_size=n_prompts, num_ppo_epochs=2,
         truncated_completions="score", vf_coef=0.5, cliprange_value=100.0, **options,
     )  # fmt: skip

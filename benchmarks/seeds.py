@@ -106,8 +106,14 @@ CAMPAIGN = {
         f"{RIGHT}, measured by a gold reward that is not trained on",
     ),
 }
-# several stages, images; `MAX_SECONDS` for the others
-SECONDS = {"rlhf": 120, **dict.fromkeys(("llava", "recipes/llava/toy-digits.yaml", "blip2", "flamingo", "vlm"), 90)}
+ONLINE = ("reward", "ppo", "grpo")
+VISION = ("llava", "recipes/llava/toy-digits.yaml", "blip2", "flamingo", "vlm")
+SECONDS = {
+    "rlhf": 120,
+    **dict.fromkeys(ONLINE, 75),
+    **{f"recipes/{module}/toy-lora.yaml": 75 for module in ONLINE},
+    **dict.fromkeys(VISION, 90),
+}  # `MAX_SECONDS` for the others
 OPTIONS = {"vlm": ["--runs", "none"]}  # train, whatever runs there are
 
 # lesson -> the check whose observed values are shown

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from llmcore_hf import lesson, registry, resume, stages
 from llmcore_hf.alignment.training import quieten
@@ -47,7 +47,12 @@ TRAINED_HERE, FOUND = "trained in this run", "finished runs"
 
 @dataclass
 class CompareArguments(RunArguments):
-    """What is compared, or the options of each training under the names that its module has for them."""
+    """What is compared, or the options of each training under the names that its module has for them.
+
+    On the command line they are JSON mappings, as in `--budget '{"max_steps": 300}'`; what one does not name stays that of the recipe.
+    """
+
+    MERGED: ClassVar[tuple[str, ...]] = ("budget", *MODULES)
 
     runs: list[str] | None = field(
         default=None,
