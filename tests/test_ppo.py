@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import math
 from pathlib import Path
@@ -223,13 +224,50 @@ def test_a_reward_may_be_a_coroutine_and_log_on_its_own() -> None:
     assert logged == {"judge/calls": 2.0, "verdict": ["good", "good"]}
 
 
+def test_a_coroutine_may_be_asked_while_another_loop_runs() -> None:
+    async def judge(completions, **kwargs):
+        return [0.5] * len(completions)
+
+    async def notebook():
+        return rewards.make_scorers(judge, None)[0](some_batch(), 8)
+
+    assert asyncio.run(notebook()).tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("logs", "words"),
+    [
+        (lambda log_metric, log_extra: log_metric("length", "long"), "could not convert string to float"),
+        (lambda log_metric, log_extra: log_extra("verdict", ["good"]), r"log_extra\('verdict'\) got 1 values for"),
+    ],
+)
+def test_what_a_function_logs_in_vain_is_named(tmp_path: Path, logs: Any, words: str) -> None:
+    def judge(completions, log_metric, log_extra, **kwargs):
+        logs(log_metric, log_extra)
+        return [0.5] * len(completions)
+
+    trainer = small_trainer(tmp_path)
+    trainer.scorers = rewards.make_scorers(judge, None)
+    with pytest.raises(rewards.RewardError, match=f"`judge` failed on the rollout before step 1: .*{words}"):
+        trainer.train()
+
+
+def test_a_missing_dataset_is_told(tmp_path: Path) -> None:
+    trainer = small_trainer(tmp_path)
+    trainer.train_dataset = trainer.eval_dataset = None
+    with pytest.raises(ValueError, match="training needs a train_dataset"):
+        trainer.train()
+    with pytest.raises(ValueError, match="evaluation needs an eval_dataset"):
+        trainer.evaluate()
+
+
 def test_no_function_has_anything_to_say() -> None:
     with pytest.raises(rewards.RewardError, match="every reward function returned None for sample 1"):
         rewards.total(torch.tensor([[1.0, math.nan], [math.nan, math.nan]]), torch.ones(2), some_batch())
 
 
 def test_a_weighted_sum_beyond_float32_is_refused() -> None:
-    with pytest.raises(rewards.RewardError, match="weighted sum of the rewards of sample 1 of .* is inf"):
+    with pytest.raises(rewards.RewardError, match=r"weighted sum of the rewards of sample 1 of .* is inf"):
         rewards.total(torch.tensor([[1.0], [1e30]]), torch.tensor([1e30]), some_batch())
 
 

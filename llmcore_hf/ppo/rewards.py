@@ -7,7 +7,8 @@ import inspect
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +85,7 @@ class Scorer:
                 **batch.columns,
             )
             if inspect.iscoroutine(values):
-                values = asyncio.run(values)
+                values = _result_of(values)
             if isinstance(values, Iterator):
                 values = list(values)  # a generator fails here, not in the call
         except (Exception, SystemExit) as error:
@@ -136,6 +137,16 @@ class Scorer:
                 f"reward model `{self.name}` gave {scores[i]} to sample {i} of {batch.name}. {shown(batch, i)}"
             )
         return scores
+
+
+def _result_of(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """What a coroutine returns; in a notebook, whose loop runs already, from a loop in a thread of its own."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()
 
 
 def encode(prompts: list[Text], completions: list[Text], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
