@@ -209,8 +209,7 @@ def train(
         loss = trainee.backward(rows)
         halfway = _now(device)
         gradient = [_gradient(p) for p in trainee.parameters]
-        if index == 1:  # Adam has its state since the first step
-            found.n_bytes = trainee.held()
+        found.n_bytes = trainee.held()  # of the last step: Adam has its state once a step was not left out
         resumed = _now(device)
         trainee.step(index)
         seconds = _now(device) - resumed + halfway - start
@@ -220,6 +219,34 @@ def train(
         trainee.loss(batches[0].to(device)).backward()
     found.activation_bytes = trainee.activations.peak
     return found
+
+
+def scale_sweep(
+    shape: ModelShape, training: Training, rows: Tensor, device: torch.device, exponents: Iterable[int]
+) -> list[dict[str, Any]]:
+    """The first gradient in float16, with the loss scaled by 2**e: which scales lose it at either end of the format?
+
+    Returns, per exponent: `scale`, `error` (relative; None when it overflowed), `underflow`.
+    """
+    rows = rows.to(device)
+    oracle = Trainee(REFERENCE, shape, training, Scaling(1.0, 1), device)
+    oracle.backward(rows)
+    exact = [_gradient(p) for p in oracle.parameters]
+    found = []
+    for exponent in exponents:
+        trainee = Trainee(REGIMES[-1], shape, training, Scaling(2.0**exponent, 1), device)
+        trainee.backward(rows)
+        gradient = [_gradient(p) for p in trainee.parameters]
+        finite = all(bool(g.isfinite().all()) for g in gradient)
+        error = distance(gradient, exact) / norm(exact) if finite else None
+        found.append({"scale": 2.0**exponent, "error": error, "underflow": vanished(gradient, exact)})
+    return found
+
+
+def vanished(gradient: list[Tensor], exact: list[Tensor]) -> float:
+    """Share of the elements that are 0 in `gradient` and are not in `exact`."""
+    lost = sum(int(((e != 0) & (g == 0)).sum()) for e, g in zip(exact, gradient, strict=True))
+    return lost / sum(int((e != 0).sum()) for e in exact)
 
 
 def exact_gradient(oracle: Trainee, trainee: Trainee, rows: Tensor) -> list[Tensor]:
@@ -241,15 +268,13 @@ def _measure(
     seconds: float,
 ) -> Step:
     overflow = not all(bool(g.isfinite().all()) for g in gradient)
-    known = sum(int((e != 0).sum()) for e in exact)
-    vanished = sum(int(((e != 0) & (g == 0)).sum()) for e, g in zip(exact, gradient, strict=True))
     unmoved = [(b == w.detach()) for b, w in zip(before, trainee.stored, strict=True)]
     pushed = sum(int((g != 0).sum()) for g in gradient)
     lost = sum(int((u & (g != 0)).sum()) for u, g in zip(unmoved, gradient, strict=True))
     return Step(
         loss=loss,
         gradient_error=None if overflow else distance(gradient, exact) / norm(exact),
-        underflow=vanished / known,
+        underflow=vanished(gradient, exact),
         lost_updates=None if overflow else lost / pushed,
         overflow=overflow,
         moved=not all(bool(u.all()) for u in unmoved),
@@ -303,26 +328,19 @@ def limits(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """What a format can hold, found by computing in it.
 
     Returns:
-        `eps`: the smallest power of two that changes 1 when it is added. `largest`: the greatest power of two that is
-        finite. `smallest`: the least that is not 0.
+        `eps`: the smallest power of two whose sum with 1 is exact. `largest`: the greatest power of two that is finite.
+        `smallest`: the least that is not 0.
     """
 
     def number(exponent: int) -> Tensor:
         return torch.tensor(2.0**exponent, dtype=torch.float64, device=device).to(dtype)
 
-    one = number(0)
     exponents = range(-1074, 1024)  # of float64, the widest
-    eps = next(e for e in exponents[1:] if e <= 0 and bool(one + number(e) != one) and _exact(one + number(e), e))
     return {
-        "eps": 2.0**eps,
+        "eps": 2.0 ** min(e for e in exponents if float(number(0) + number(e)) - 1 == 2.0**e),
         "largest": 2.0 ** max(e for e in exponents if bool(number(e).isfinite())),
         "smallest": 2.0 ** min(e for e in exponents if bool(number(e) != 0)),
     }
-
-
-def _exact(total: Tensor, exponent: int) -> bool:
-    """Whether a sum with 1 is not rounded: ties go up to an even neighbour one power too early."""
-    return float(total) == 1 + 2.0**exponent
 
 
 def add_up(update: float, n_updates: int, dtype: torch.dtype, master: bool = False) -> float:
