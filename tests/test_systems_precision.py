@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -122,6 +123,19 @@ def test_gradients_come_back_unscaled_and_an_overflow_leaves_the_step_out() -> N
     assert [step.loss_scale for step in wild.steps] == [2.0**40, 2.0**39, 2.0**38, 2.0**37]
 
 
+def test_the_reference_can_leave_out_the_same_steps() -> None:
+    batches = packed_batches(4, 2, 8, 0)
+    whole, without = (
+        precision.train(REFERENCE, SHAPE, TRAINING, CALM, batches, CPU, left_out) for left_out in ((), (0, 2))
+    )
+    assert (whole.left_out, without.left_out) == (frozenset(), {0, 2})
+    assert without.losses[0] == whole.losses[0] and without.losses[1] != whole.losses[1]
+    ways = [precision.distance(a, b) for a, b in itertools.pairwise(whole.weights)]
+    assert all(ways)  # of every step its own weights are kept
+    start = [p.detach().double() for p in make_model(SHAPE, TRAINING).parameters()]
+    assert precision.distance(without.weights[0], start) == 0 == precision.distance(*without.weights[1:3])
+
+
 def test_without_scaling_small_gradients_vanish() -> None:
     rows = packed_batches(1, 2, 8, 0)[0]
     sweep = precision.scale_sweep(SHAPE, TRAINING, rows, CPU, (-20, 8, 40))
@@ -193,17 +207,24 @@ def test_learning_is_compared_with_float64(found: Findings) -> None:
         steps = [Step(loss, 0.0, 0.0, 0.0, False, True, 1.0, 1.0) for loss in (5.0, loss)]
         return Trajectory(regime, steps, [[torch.tensor([1.0])], [torch.tensor([2.0 + apart])]])
 
-    def passed(loss: float = 3.0, apart: float = 0.1) -> list[bool | None]:
-        others = [trajectory(name, 3.0, 0.01) for name in BY_NAME if name not in ("bf16 weights", "fp32")]
+    def passed(loss: float = 3.0, apart: float = 0.1, scaled: float = 3.3) -> list[bool | None]:
+        others = [
+            trajectory(name, 3.0, 0.01) for name in BY_NAME if name not in ("bf16 weights", "fp32", "fp16 + scaling")
+        ]
         others += [trajectory("bf16 weights", 3.0, apart), trajectory("fp32", loss, 0.0)]
         made = dataclasses.replace(
-            found, reference=trajectory("fp64", 3.0, 0.0), trajectories=others, start=[torch.zeros(1)]
+            found,
+            reference=trajectory("fp64", 3.0, 0.0),
+            with_steps_left_out=trajectory("fp64", 3.3, 0.0),
+            trajectories=[*others, trajectory("fp16 + scaling", scaled, 0.01)],
+            start=[torch.zeros(1)],
         )
         return [check.passed for check in mixed_precision.learning_checks(made)]
 
     assert passed() == [True, True]
     assert passed(loss=3.2) == [False, True]
     assert passed(apart=0.001) == [True, False]
+    assert passed(scaled=3.0) == [False, True]  # it is compared with the training that leaves out the same steps
 
 
 def test_on_a_cpu_speed_is_told_and_not_judged(found: Findings) -> None:

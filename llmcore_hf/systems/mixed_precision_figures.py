@@ -33,9 +33,13 @@ def draw(found: Findings, n_parameters: int) -> Figure:
     _draw_memory(axes[1, 2], found, n_parameters)
     for axis in axes.flat:
         axis.grid(alpha=0.25)
+    for axis in (*axes[0], axes[1, 1]):
+        axis.xaxis.get_major_locator().set_params(integer=True)
     handles, names = axes[0, 1].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncol=len(names), frameon=False)
-    figure.suptitle(f"Mixed precision on a {found.device.type}: every step against float64", fontweight="bold")
+    figure.suptitle(
+        f"Mixed precision on a {found.device.type.upper()} device: every step against float64", fontweight="bold"
+    )
     return figure
 
 
@@ -52,10 +56,10 @@ def _draw_rounding(axis: Axes, found: Findings) -> None:
 def _draw_weights(axis: Axes, found: Findings) -> None:
     for trajectory in found.trajectories:
         color, line = LINES[trajectory.regime.name]
-        apart = found.weights_apart(trajectory)
-        axis.plot(range(1, len(apart) + 1), apart, line, color=color, label=trajectory.regime.name)
+        points = [(i + 1, apart) for i, apart in enumerate(found.weights_apart(trajectory)) if apart is not None]
+        axis.plot(*zip(*points, strict=True), line, color=color, label=trajectory.regime.name)
     axis.set_yscale("log")
-    axis.set(xlabel="optimizer step", ylabel="|w - w64| / |w64 - start|")
+    axis.set(xlabel="optimizer step", ylabel="|w - w64| / |w64 - start|, w64 with the same steps")
     axis.set_title("How far does the training end up? (error growth)", fontsize=11)
 
 
@@ -79,6 +83,7 @@ def _draw_window(axis: Axes, found: Findings) -> None:
         axis.axvline(row["scale"], color="#d62728", alpha=0.5, label="overflow" if number == 0 else None)
     axis.set_xscale("log", base=2)
     axis.set_yscale("symlog", linthresh=1e-6)
+    axis.set_ylim(-3e-7, 3)
     axis.set(xlabel="loss scale", ylabel="first gradient in float16: relative error, share")
     axis.set_title("Which loss scales do? There is a window", fontsize=11)
     axis.legend(fontsize=9, frameon=False)

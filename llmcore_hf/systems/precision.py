@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,6 +110,11 @@ class Trajectory:
         return [step.loss for step in self.steps]
 
     @property
+    def left_out(self) -> frozenset[int]:
+        """Steps that changed no weight, from 0."""
+        return frozenset(index for index, step in enumerate(self.steps) if not step.moved)
+
+    @property
     def seconds(self) -> float:
         """Median of a step; the first ones warm up."""
         return statistics.median(step.seconds for step in self.steps[len(self.steps) // 4 :])
@@ -196,8 +201,13 @@ def train(
     scaling: Scaling,
     batches: Tensor,
     device: torch.device,
+    left_out: Collection[int] = (),
 ) -> Trajectory:
-    """Train in one regime, one step per batch; `batches` are token ids, (steps, B, T + 1)."""
+    """Train in one regime, one step per batch; `batches` are token ids, (steps, B, T + 1).
+
+    The weights are not stepped in the steps `left_out`, counted from 0: what loss scaling does to another training after an
+    overflow.
+    """
     trainee = Trainee(regime, shape, training, scaling, device)
     oracle = Trainee(REFERENCE, shape, training, scaling, device)
     found = Trajectory(regime, dtypes=dtypes_of(trainee, batches[0].to(device)))
@@ -211,10 +221,11 @@ def train(
         gradient = [_gradient(p) for p in trainee.parameters]
         found.n_bytes = trainee.held()  # of the last step: Adam has its state once a step was not left out
         resumed = _now(device)
-        trainee.step(index)
+        if index not in left_out:
+            trainee.step(index)
         seconds = _now(device) - resumed + halfway - start
         found.steps.append(_measure(trainee, before, gradient, exact, loss, scale, seconds))
-        found.weights.append([w.detach().to("cpu", torch.float64) for w in trainee.stored])
+        found.weights.append([w.detach().to("cpu", torch.float64, copy=True) for w in trainee.stored])
     with trainee.activations.recording():
         trainee.loss(batches[0].to(device)).backward()
     found.activation_bytes = trainee.activations.peak
