@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -421,34 +422,76 @@ def test_deepspeed_configurations_become_what_their_names_say(name: str, stage: 
     assert str(args.zero3_save_16bit_model).lower() == ("true" if stage == 3 else "none")
 
 
-SHORT = ["--max_steps", "4", "--logging_steps", "1", "--max_eval_samples", "20", "--max_generation_samples", "4"]
+SHORT = ["--max_steps", "4", "--logging_steps", "1", "--max_eval_samples", "21", "--max_generation_samples", "5"]
 
 
-def start(folder: Path, name: str, batch_size: int, *before: str) -> subprocess.Popen[str]:
-    """A short DPO run as an installed user starts it; `before` goes in front of `--module`."""
-    options = ["--module", "dpo", "--toy", *SHORT, "--per_device_train_batch_size", str(batch_size)]
+def start(folder: Path, module: str, name: str, batch_size: int, *before: str) -> subprocess.Popen[str]:
+    """A short run as an installed user starts it; `before` goes in front of `--module`."""
+    options = ["--module", module, "--toy", *SHORT, "--per_device_train_batch_size", str(batch_size)]
     command = [sys.executable, "-m", "llmcore_hf", *before, *options, "--output_dir", name]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=folder, env=env, **pipes)
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The run of a module in one process, made once."""
+    folder = tmp_path_factory.mktemp("alone")
+
+    def run_of(module: str) -> Path:
+        if not (folder / module).exists():
+            [output] = [start(folder, module, module, 32).communicate(timeout=400)[0]]
+            assert (folder / module / "model.safetensors").exists(), output
+        return folder / module
+
+    return run_of
+
+
+def assert_equal_runs(found: Path, expected: Path, output: str) -> None:
+    """The same losses, scores and saved weights, to rounding."""
+    from safetensors.torch import load_file
+
+    assert (found / "model.safetensors").exists(), output
+    losses, scores = [], []
+    for run in (found, expected):
+        rows = [json.loads(line) for line in (run / "log_history.jsonl").read_text().splitlines()]
+        losses.append([row["loss"] for row in rows if "loss" in row])
+        summary = json.loads((run / "summary.json").read_text())
+        scores.append(
+            {"n_params": summary["model"]["n_params"], **summary["eval"]["before"], **summary["eval"]["after"]}
+        )
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and len(losses[1]) == 4
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4, abs=1e-4)
+    weights = [load_file(run / "model.safetensors") for run in (found, expected)]
+    # DeepSpeed's stages 1 and 2 have the head written beside the embedding that it is tied to.
+    assert weights[0].keys() - weights[1].keys() <= {"lm_head.weight"}
+    assert max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[1]) < 1e-5
+
+
 @pytest.mark.slow
-def test_two_launchers_are_one_job_that_equals_one_process(tmp_path: Path) -> None:
+def test_two_launchers_are_one_job_that_equals_one_process(tmp_path: Path, alone: Callable[[str], Path]) -> None:
     """Two "machines" on loopback, one process each, over TCP. The global batch is that of the single process."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = str(probe.getsockname()[1])
     meet = ["--main_process_ip", "127.0.0.1", "--main_process_port", port, "--num_machines", "2"]
     config = ["launch", "--accelerate_config", "cpu_2", "--num_processes", "2", *meet]
-    nodes = [start(tmp_path, "two", 16, *config, "--machine_rank", rank) for rank in ("0", "1")]
+    nodes = [start(tmp_path, "dpo", "two", 16, *config, "--machine_rank", rank) for rank in ("0", "1")]
     outputs = [node.communicate(timeout=400)[0] for node in nodes]
-    [alone_output] = [start(tmp_path, "one", 32).communicate(timeout=400)[0]]
-    losses = {}
-    for name, output in (("one", alone_output), ("two", outputs[0])):
-        assert (tmp_path / name / "log_history.jsonl").exists(), output
-        rows = [json.loads(line) for line in (tmp_path / name / "log_history.jsonl").read_text().splitlines()]
-        losses[name] = [row["loss"] for row in rows if "loss" in row]
+    assert_equal_runs(tmp_path / "two", alone("dpo"), outputs[0])
     assert json.loads((tmp_path / "two" / "summary.json").read_text())["env"]["world_size"] == 2
-    assert losses["two"] == pytest.approx(losses["one"], abs=1e-5) and len(losses["one"]) == 4
     assert "training_curves.png" not in outputs[1]  # the second machine reports nothing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("module", "config"), [("sft", "zero1"), ("sft", "zero2"), ("sft", "zero3"), ("dpo", "zero3")])
+def test_sharded_over_two_processes_a_run_equals_one_process(
+    tmp_path: Path, alone: Callable[[str], Path], module: str, config: str
+) -> None:
+    pytest.importorskip("deepspeed")
+    launcher = ["launch", "--accelerate_config", config]
+    output = start(tmp_path, module, "two", 16, *launcher).communicate(timeout=400)[0]
+    assert_equal_runs(tmp_path / "two", alone(module), output)
+    env = json.loads((tmp_path / "two" / "summary.json").read_text())["env"]
+    assert (env["world_size"], env["distributed"]) == (2, "deepspeed")
