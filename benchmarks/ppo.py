@@ -3,7 +3,8 @@
 Both get the same GPT-2 with random weights, prompts, reward, batch, epochs and learning rate, each in processes of its own,
 in turn. The reward is the share of even token ids, so that it costs nothing. Completions end by chance: the embedding of
 the end token is set so that each token is the last one with a given probability; with 0 all have the same length.
-Counted are completion tokens per second from the first rollout to the last. TRL's peer is installed into `build/trl`.
+Counted are completion tokens per second of processor time, one thread, from the first rollout to the last: alone on a machine
+that is the wall time, and beside other work it still compares the two. TRL's peer is installed into `build/trl`.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def prompts(n: int) -> list[str]:
 
 
 class Clock:
-    """When each rollout was scored, its completion tokens and mean reward."""
+    """The processor time at which each rollout was scored, its completion tokens and mean reward."""
 
     def __init__(self, batch: int) -> None:
         self.batch, self.seen = batch, 0
@@ -117,7 +118,7 @@ class Clock:
 
     def rewards_of(self, completions: list[list[int]]) -> list[float]:
         if self.seen % self.batch == 0:
-            self.times.append(time.perf_counter())
+            self.times.append(time.process_time())
             self.tokens.append(0)
             self.rewards.append(0.0)
         self.seen += len(completions)
@@ -267,7 +268,13 @@ def run_memory(work: Work, folder: str, share: bool) -> dict[str, Any]:
 
 
 def in_process(kind: str, work: Work, *more: str) -> dict[str, Any]:
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+    }
     command = [sys.executable, __file__, "--worker", kind, json.dumps(asdict(work)), *more]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
@@ -341,7 +348,7 @@ def main() -> int:
                 f"Measured on {tables.machine()}. {EPOCHS} epochs on each rollout. To reach: not slower at toy size, at least "
                 f"{MIN_SPEEDUP} times where lengths differ.",
                 "",
-                "| work | trainer | completion tokens per second | ours / this | mean length | reward, first → last fifth "
+                "| work | trainer | completion tokens per second of processor time | ours / this | mean length | reward, first → last fifth "
                 "| gained per minute |",
                 "|---|---|---|---|---|---|---|",
                 *(row for rows, _ in results for row in rows),

@@ -87,12 +87,13 @@ CAMPAIGN = {
         f"{RIGHT}, measured by a gold reward that is not trained on",
     ),
 }
+ONLINE = ("reward", "ppo", "grpo")
 SECONDS = {
     "rlhf": 120,
-    "llava": 90,
-    "blip2": 90,
-    "flamingo": 90,
-}  # several stages, images; `MAX_SECONDS` for the others
+    **dict.fromkeys(ONLINE, 75),
+    **{f"recipes/{module}/toy-lora.yaml": 75 for module in ONLINE},
+    **dict.fromkeys(("llava", "blip2", "flamingo"), 90),
+}  # `MAX_SECONDS` for the others
 
 # lesson -> the check whose observed values are shown
 LESSONS = {

@@ -69,7 +69,8 @@ def main(argv: list[str]) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:  # no space, no permission: a run tells its own in its summary, this is all the others
-        _print_error(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+        file = error.filename2 or error.filename  # of a rename, what it was to become
+        _print_error(f"{error.strerror or error}" + (f": {file}" if file else ""))
         if error.errno == errno.ENOSPC:
             _forget_output()
         return 1

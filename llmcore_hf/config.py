@@ -1,6 +1,6 @@
 """From options to checked dataclasses.
 
-Values come in layers, each overriding the ones before:
+Values come in layers, each overriding the ones before; mappings of options (`RunArguments.MERGED`) key by key:
 
     dataclass defaults < house defaults < recipes/<module>/toy.yaml < --config file < command line
 
@@ -19,7 +19,7 @@ import re
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
 from llmcore_hf import resources
 from llmcore_hf.errors import ConfigError
@@ -52,7 +52,13 @@ COMMAND_LINE, DEFAULTS, HOUSE = "command line", "defaults", "defaults for this m
 
 @dataclass
 class RunArguments:
-    """Options every module has."""
+    """Options every module has.
+
+    Attributes:
+        MERGED: names of mappings that a later layer of options adds to and does not replace.
+    """
+
+    MERGED: ClassVar[tuple[str, ...]] = ()
 
     overwrite_output_dir: bool = field(
         default=False,
@@ -208,13 +214,14 @@ def _merge(
 ) -> Config:
     """One config from layers, the later ones over the earlier; `problems` holds what was wrong with reading them."""
     code = module.load()
-    explicit = {name: value for _, layer in layers for name, value in layer.items()}
+    explicit: dict[str, Any] = {}
+    for _, layer in layers:
+        explicit |= options.laid_over(explicit, layer)
     house = {name: value for name, value in code.house_defaults(explicit).items() if name not in explicit}
-    layers.insert(0, (HOUSE, house))
 
-    values, sources = dict(options.defaults), dict.fromkeys(options.defaults, DEFAULTS)
+    values = {**options.defaults, **house, **explicit}
+    sources = dict.fromkeys(options.defaults, DEFAULTS) | dict.fromkeys(house, HOUSE)
     for source, layer in layers:
-        values |= layer
         sources |= dict.fromkeys(layer, source)
     config = Config(module.name, toy, values, sources, parts=())
     problems += code.check(config)
@@ -244,7 +251,13 @@ class Options:
         self.hints = {name: hint for cls in classes for name, hint in get_type_hints(cls).items()}
         self.fields = {f.name: f for cls in classes for f in dataclasses.fields(cls) if f.init}
         self.defaults = {name: _default(f) for name, f in self.fields.items()}
+        self.merged = {name for cls in classes for name in getattr(cls, "MERGED", ())}
         self.parser = _make_parser(classes)
+
+    def laid_over(self, below: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:
+        """The values of a layer; a mapping that is merged holds what is `below` it as well."""
+        both = {name for name in self.merged if below.get(name) and layer.get(name)}
+        return layer | {name: {**below[name], **layer[name]} for name in both}
 
     def from_command_line(self, tokens: list[str], problems: list[str]) -> dict[str, Any]:
         """Values of the options in `tokens`; what is wrong with them is appended to `problems`."""
@@ -337,15 +350,28 @@ class Options:
             problems.append(f"{where}`{name}` takes {self._takes(dest)}; left over: {' '.join(extra)}")
             return
         value = getattr(namespace, dest)
-        if isinstance(value, str) and "dict" in str(self.hints[dest]) and not Path(value).expanduser().is_file():
-            try:
-                value = json.loads(value)
-            except ValueError:
-                value = None
-            if not isinstance(value, dict):
+        if isinstance(value, str) and "dict" in str(self.hints[dest]):
+            value = self._mapping(dest, value)
+            if value is None:
                 problems.append(f"{where}`{name}` takes a JSON mapping or the name of an existing JSON file")
                 return
         values[dest] = value
+
+    def _mapping(self, name: str, text: str) -> dict[str, Any] | str | None:
+        """The mapping that a text is or, where it is to be merged, that the file of that name holds; None if there is none.
+
+        The names of other files go to the libraries as they are.
+        """
+        file = Path(text).expanduser()
+        try:
+            if file.is_file():
+                if name not in self.merged:
+                    return text
+                text = file.read_text(encoding="utf-8")
+            found = json.loads(text)
+        except (OSError, ValueError):  # also where the text is too long for the name of a file
+            return None
+        return found if isinstance(found, dict) else None
 
     def _wrong_kind(self, name: str, value: Any) -> str | None:
         """What is wrong with the kind of a YAML value; whether its text can be read, the parser says."""

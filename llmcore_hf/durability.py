@@ -53,7 +53,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     Raises:
         OSError: it cannot be written, or its folder is gone. `path` is then what it was before.
     """
-    scratch = path.with_name(f".{path.name}.tmp")
+    scratch = path.parent / f".{path.name}.tmp"  # `/` and `.` have no name; the system then says that they are folders
     try:
         with open(scratch, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)

@@ -16,6 +16,7 @@ from conftest import ROOT
 from learning_runs import DELETE, RUNS, WITH_BRIEF, place, put, recorded
 
 from llmcore_hf import cli, registry, resources
+from llmcore_hf.errors import UserError
 from llmcore_hf.learning import brief, evidence
 from llmcore_hf.learning.claims import Claim
 from llmcore_hf.learning.evidence import Run
@@ -53,8 +54,19 @@ def test_a_source_fits_its_schema(module: str) -> None:
     jsonschema.validate(read_yaml(resources.path(f"recipes/{module}/brief.yaml")), schema)
 
 
-def test_the_modules_of_the_first_eleven_days_have_briefs() -> None:
-    assert {module.name for module in registry.MODULES if module.day <= 11} <= set(WITH_BRIEF)
+def test_every_module_has_a_brief() -> None:
+    assert [module.name for module in registry.MODULES] == WITH_BRIEF
+
+
+@pytest.mark.parametrize("key", ["on", "off", "yes", "no", "Yes", "NO", "true"])
+def test_a_key_that_yaml_takes_for_true_or_false_is_refused(key: str, tmp_path: Path) -> None:
+    file = tmp_path / "brief.yaml"
+    text = "result:\n  - id: x\n    values: {%s: [seed]}\n    zh: 是\n    en: is\n"
+    file.write_text(text % key, encoding="utf-8")
+    with pytest.raises(UserError, match=r"brief.yaml, result/0/values: a key reads as (true|false)"):
+        read_yaml(file)
+    file.write_text(text % f'"{key}"', encoding="utf-8")
+    assert read_yaml(file)["result"][0]["values"] == {key: ["seed"]}
 
 
 def fields(text: str) -> set[tuple[str, str]]:
@@ -126,7 +138,9 @@ def test_the_spoken_answer_takes_three_minutes(module: str) -> None:
 
 def test_a_chinese_text_is_folded_without_spaces() -> None:
     for module in WITH_BRIEF:
-        assert not re.search(r"[\u4e00-\u9fff，。；：] [\u4e00-\u9fff]", source_of(module).principle["zh"])
+        source = source_of(module)
+        for text in (source.definition, source.principle, source.engineering, source.next):
+            assert not re.search(r"[\u4e00-\u9fff，。；：”）] [\u4e00-\u9fff“]", text["zh"])
 
 
 # ---------------------------------------------------------------- numbers follow the summary
@@ -177,6 +191,15 @@ def test_a_claim_that_reads_a_check_needs_the_check_to_have_passed() -> None:
         assert claim.say(recorded("dpo"), "zh") and claim.say(run, "zh") is None
 
 
+def test_a_claim_that_reads_two_checks_needs_both() -> None:
+    ids = ["dpo.step0_loss_is_ln2", "dpo.no_likelihood_displacement"]
+    values: Any = {"a": ["checks", ids[0], "observed"], "b": ["checks", ids[1], "observed", "change_of_logps_chosen"]}
+    claim = Claim("x", values, (), {"zh": "{a} {b}", "en": "{a} {b}"})
+    assert claim.say(recorded("dpo"), "zh")
+    for id in ids:
+        assert claim.say(changed("dpo", (["checks", id, "status"], "fail")), "zh") is None
+
+
 def test_a_value_of_another_kind_silences_the_claim() -> None:
     claim = Claim("x", {"a": ["seed"]}, (), {"zh": "{a:.2f}", "en": "{a:.2f}"})
     assert claim.say(recorded("dpo"), "zh") == "42.00"
@@ -190,6 +213,8 @@ def test_a_value_of_another_kind_silences_the_claim() -> None:
         ({"above": [["seed"], 41]}, True),
         ({"above": [["seed"], 42]}, False),
         ({"below": [["seed"], 42.5]}, True),
+        ({"below": [["seed"], 42]}, False),
+        ({"below": [["nothing", "there"], 0]}, False),
         ({"below": [["seed"], ["wall_seconds"]]}, False),
         ({"above": [["nothing", "there"], 0]}, False),
         ({"above": [["module"], 0]}, False),
@@ -223,7 +248,7 @@ def test_a_run_that_did_not_succeed_is_no_success_story(module: str, status: str
         s for claim in source.claims() if claim not in source.limits and (s := claim.say(recorded(module), language))
     ]
     assert claimed and not [sentence for sentence in claimed if sentence in page]
-    assert not SUCCESS.search(result)
+    assert not SUCCESS.search(result) and brief.HEADINGS["sources"][language] not in page
     assert {"zh": "下一步", "en": "Next"}[language] in result
 
 
@@ -310,6 +335,10 @@ def test_a_run_may_be_named_and_the_brief_saved(folder: Path, capsys: pytest.Cap
         (["--module", "dpo", "--lnag", "en"], 2, "--lnag"),
         (["--modul", "dpo"], 2, "--module"),
         (["--module", "dpo", "--run", str(RUNS / "dpo"), "--save", "no/such/folder/x.md"], 1, "No such file"),
+        (["--module", "dpo", "--run", str(RUNS / "dpo"), "--save", "/"], 1, ": /\n"),
+        (["--module", "dpo", "--run", str(RUNS / "dpo"), "--save", "."], 1, ": .\n"),
+        (["--module", "dpo", "--run", str(RUNS / "dpo"), "--save", ""], 2, "--save: expected a value"),
+        (["--module", "dpo", "--run", ""], 2, "--run: expected a value"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_message(
@@ -321,11 +350,54 @@ def test_what_is_wrong_is_said_in_one_message(
     assert not list(folder.iterdir())
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"checks": [], "module": "dpo"}', '{"checks": [1]}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"checks": [], "module": "dpo"}', '{"checks": [1]}', "[" * 100_000]
+)
 def test_a_damaged_summary_is_named(content: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place("dpo", folder) / "summary.json").write_text(content)
     assert cli.main(["brief", "--module", "dpo"]) == 1
     assert "summary.json is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (["wall_seconds"], "long"),
+        (["eval"], True),
+        (["eval", "before"], None),
+        (["eval", "ci95"], DELETE),
+        (["checks", "dpo.step0_loss_is_ln2", "status"], DELETE),
+        (["checks", "dpo.step0_loss_is_ln2", "observed"], DELETE),
+    ],
+)
+@pytest.mark.parametrize("command", ["brief", "cards", "progress", "export"])
+def test_a_summary_with_a_part_of_another_kind_is_damaged(
+    command: str, path: list[Any], value: Any, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def change(summary: dict[str, Any]) -> None:
+        if len(path) == 1:
+            summary[path[0]] = value
+        else:
+            put(summary, path, value)
+
+    place("dpo", folder, change)
+    argv = [command, "--module", "dpo"] if command in ("brief", "cards") else [command]
+    assert cli.main(argv) == 1
+    assert "summary.json is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_no_finite_number_is_no_evidence(number: float) -> None:
+    page = brief.markdown(source_of("dpo"), changed("dpo", (["eval", "after", "rewards/margins"], number)), "zh")
+    assert not re.search(r"\b(nan|inf)\b", page) and "隐式奖励差的均值从零涨到" not in page
+
+
+@pytest.mark.parametrize("content", [b"a: b: c", b"\xff\xfe\x00", b"beta: [1"])
+def test_damaged_options_of_a_run_are_named(content: bytes, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place("dpo", folder) / "resolved_config.yaml").write_bytes(content)
+    assert cli.main(["brief", "--module", "dpo"]) == 1
+    captured = capsys.readouterr()
+    assert "resolved_config.yaml is damaged" in captured.err and captured.out == ""
 
 
 def test_it_never_imports_torch_and_answers_at_once(folder: Path) -> None:

@@ -239,6 +239,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+CHECK = {"observed": {}, "expected": "", "why_zh": "错在这里", "why_en": "the bug"}
+
+
 def stored_runs(bug: str, to: Path) -> None:
     """A sealed pair of run directories with the values of the campaign."""
     module = BREAKAGES[bug].module
@@ -247,9 +250,10 @@ def stored_runs(bug: str, to: Path) -> None:
     for side, name in enumerate(("healthy", "broken")):
         summary: dict[str, Any] = {
             "run_id": name, "module": module, "status": "ok" if name == "healthy" else "failed",
-            "error": None if name == "healthy" else "checks failed: a.secret", "seed": 0, "metrics": {}, "eval": {"after": {}},
+            "error": None if name == "healthy" else "checks failed: a.secret", "seed": 0, "metrics": {},
+            "eval": {"before": {}, "after": {}, "ci95": {}},
             "model": {}, "samples": [{"prompt": "sort: 21", "reference": "12", "before": "", "after": f"{name}-answer"}],
-            "checks": [{"id": "a.secret", "status": "pass" if side == 0 else "fail", "observed": {}, "why_en": "the bug"}],
+            "checks": [{"id": "a.secret", "status": "pass" if side == 0 else "fail", **CHECK}],
         }  # fmt: skip
         for row in source["shown"]:
             put(summary, row["path"], 0.5)
@@ -266,7 +270,7 @@ def put(summary: dict[str, Any], path: list[str], value: Any) -> None:
     if head == "checks":
         check = next((c for c in summary["checks"] if c["id"] == rest[0]), None)
         if check is None:
-            check = {"id": rest[0], "status": "pass", "observed": {}}
+            check = {"id": rest[0], "status": "pass", **CHECK, "observed": {}}
             summary["checks"].append(check)
         check["observed"][rest[-1]] = value
         return

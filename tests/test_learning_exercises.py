@@ -236,7 +236,7 @@ def gae(rewards, values, next_values, terminated, done, gamma, lam):
         ("def gae(**more):\n    raise SystemExit(0)", ["中途退出（exit 0）"]),
         ("def gae(**more:", ["✗ import", "SyntaxError", "第 1 行"]),
         ("import nothing_like_this", ["✗ import", "ModuleNotFoundError"]),
-        ("def gea(**more): pass", ["还没有写：there is no function `gae` in it"]),
+        ("def gea(**more): pass", ["还没有写：def gae(...)"]),
         ("def gae(**more):\n    return 1 / 0", ["ZeroDivisionError", "（第 2 行：return 1 / 0）"]),
         ("def gae(**more):\n    return None", ["得到  None"]),
         (

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from learning_runs import WITH_BRIEF, place, recorded
 
-from llmcore_hf import cli
+from llmcore_hf import cli, registry
 from llmcore_hf.learning import brief, plan
 from llmcore_hf.learning.texts import LANGUAGES
 
@@ -30,7 +30,8 @@ def test_each_module_with_a_run_gets_its_file_and_the_index_names_the_rest(folde
     assert source and (out / "dpo.md").read_text(encoding="utf-8") == brief.markdown(source, recorded("dpo"), language)
     index = (out / "index.md").read_text(encoding="utf-8")
     for name in WITH_BRIEF:
-        assert (f"[{name}.md]({name}.md)" in index) is (name in ("dpo", "gae"))
+        title = {"zh": registry.get(name).title_zh, "en": registry.get(name).title_en}[language]
+        assert (f"[{title}]({name}.md)" in index) is (name in ("dpo", "gae"))
         assert (f"`python run.py --module {name} --toy`" in index) is (name not in ("dpo", "gae"))
     for day in plan.load().days:
         assert f"| {day.day} | `{day.module}` |" in index
@@ -44,6 +45,7 @@ def test_the_page_to_print_holds_everything_and_asks_nothing_of_the_network(fold
     assert cli.main(["export", "--to", "printed"]) == 0
     page = (folder / "printed" / "index.html").read_text(encoding="utf-8")
     assert page.count("<section") == 2 and '<section id="mdp">' in page and 'href="#mdp"' in page
+    assert page.count('<ul class="sources">') == 1  # a run that failed has none
     assert "没有成功" in page and "<table>" in page and "charset" in page
     assert not re.search(r"(?:src|href)=\"(?!#)", page) and "<script" not in page and "url(" not in page
 

@@ -223,12 +223,53 @@ def test_a_run_that_failed_does_not_count(folder: Path, change: Any, capsys: Any
     assert "（不算）" in out and "`mdp` 的一次没有失败和警告的运行" in out and "--module mdp --toy" in out
 
 
+def test_of_runs_that_count_the_newest_is_shown(folder: Path) -> None:
+    place("mdp", folder)
+    newest = place("mdp", folder, lambda s: s.update(run_id="later", started_at="2025-02-01T00:00:00+00:00"))
+    place("mdp", folder, lambda s: s.update(run_id="last", started_at="2025-03-01T00:00:00+00:00", status="failed"))
+    run = progress.collect().runs["mdp"]
+    assert run is not None and run.path == newest
+
+
+def test_answers_and_exercises_count_for_their_own_level(folder: Path) -> None:
+    answer_all(2)
+    pass_exercises(2)
+    state.record_answer("an item that is gone", True)
+    levels = progress.collect().levels
+    assert [level.quiz_right for level in levels] == [0, levels[1].quiz_all, 0, 0, 0]
+    assert [sum(level.exercises.values()) for level in levels] == [0, len(levels[1].exercises), 0, 0, 0]
+    assert sum(len(level.exercises) for level in levels) == len(progress.exercises())
+
+
 def test_a_later_experiment_that_fails_takes_nothing_away(folder: Path) -> None:
     for name in ("sft", "dpo", "dpo_sigmoid"):
         place(name, folder)
     answer_all(3)
     pass_exercises(3)
     assert passed(folder) == [3]
+
+
+@pytest.mark.parametrize(
+    ("language", "said"),
+    [("zh", "9 种错误里认出 {} 种，答错过 {} 种"), ("en", "{} of 9 bugs recognized, {} missed so far")],
+)
+def test_the_bug_zoo_is_part_of_the_progress(language: str, said: str, folder: Path, capsys: Any) -> None:
+    def shown() -> str:
+        assert cli.main(["progress", "--lang", language]) == 0
+        return str(capsys.readouterr().out)
+
+    assert said.format(0, 0) in shown()
+    for bug, right in (("kl_sign", False), ("pad_is_eos", True), ("pad_is_eos", False), ("no_such_bug", True)):
+        state.record_answer(f"bugzoo-{bug}", right)
+    assert said.format(1, 1) in shown()
+    state.record_answer("bugzoo-kl_sign", True)
+    assert said.format(2, 0) in shown()
+
+
+def test_the_zoo_comes_after_the_levels() -> None:
+    found = {"kl_sign": "found", "pad_is_eos": "missed"}
+    assert progress._next_command(progress.Progress({}, [], found)) == "python scripts/bugzoo.py"
+    assert progress._next_command(progress.Progress({}, [], {"kl_sign": "found"})) is None
 
 
 def test_missing_modules_are_said_to_be_missing(folder: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT
 from learning_runs import place
 
-from llmcore_hf import cli, resources
+from llmcore_hf import cli, registry, resources
 from llmcore_hf.learning import items, plan, quiz, quiz_export, state
 from llmcore_hf.learning.items import LEVELS, Item, Unreadable
 from llmcore_hf.learning.texts import LANGUAGES, read_yaml
@@ -47,8 +47,7 @@ def test_a_level_fits_the_schema_and_has_every_type(level: int) -> None:
 
 def test_ids_are_unique_and_name_their_level_and_a_module() -> None:
     assert len(BY_ID) == len(ITEMS)
-    known = {day.module for day in plan.load().days} | {name for lv in plan.load().levels for name in lv.modules}
-    known |= {"policy_gradient", "actor_critic"}
+    known = {module.name for module in registry.MODULES} | set(plan.load().required(5))
     for item in ITEMS:
         assert item.id.startswith(f"l{item.level}-") and item.module in known
 
@@ -56,6 +55,10 @@ def test_ids_are_unique_and_name_their_level_and_a_module() -> None:
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_level_asks_about_every_module_it_requires(level: int) -> None:
     assert set(plan.load().required(level)) <= {item.module for item in items.load(level)}
+
+
+def test_every_module_is_asked_about() -> None:
+    assert {module.name for module in registry.MODULES} <= {item.module for item in ITEMS}
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if "test" in row], ids=lambda row: row["id"])
@@ -138,6 +141,7 @@ def test_an_item_about_a_run_is_asked_about_the_learners_numbers(
     assert asked.ask != item.ask and not re.search(r"[{}]", asked.ask["zh"] + asked.ask["en"])
     if "answer" in row["run"]:
         assert asked.answer is not None and items.grade(asked, str(asked.answer), "zh").right
+        assert asked.traps == ()  # their numbers belong to the general question
 
 
 # ---------------------------------------------------------------- grading
@@ -173,20 +177,42 @@ def test_the_right_answer_is_right_and_others_are_not(item: Item) -> None:
             assert items.grade(item, "ABCDEF"[index].lower(), "zh").right is choice.right
 
 
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("item", [item for item in ITEMS if item.type == "short"], ids=lambda item: item.id)
+def test_a_model_answer_makes_every_point_and_the_question_none_to_spare(item: Item, language: str) -> None:
+    assert items.grade(item, items.solution(item, language), language).right
+    assert not items.grade(item, item.ask[language], language).right
+
+
 def test_letters_follow_the_order_that_was_shown() -> None:
     item = BY_ID["l1-markov"]  # its first choice is the right one
     assert items.grade(item, "C", "zh", shown=[2, 1, 0, 3]).right
     assert not items.grade(item, "A", "zh", shown=[2, 1, 0, 3]).right
+    assert items.grade(item, "ｃ", "zh", shown=[2, 1, 0, 3]).right
     order = BY_ID["l1-policy-iteration"]
     assert items.grade(order, "D C B A", "zh", shown=[3, 2, 1, 0]).right
 
 
 @pytest.mark.parametrize(
     ("typed", "right"),
-    [("2.75", True), (" 2.7504 ", True), ("275%", True), ("2.8", False), ("nan", False), ("inf", False)],
+    [
+        ("2.75", True),
+        (" 2.7504 ", True),
+        ("275%", True),
+        ("２．７５", True),
+        ("２７５％", True),
+        ("2.8", False),
+        ("nan", False),
+        ("inf", False),
+    ],
 )
 def test_numbers_may_be_written_in_several_ways(typed: str, right: bool) -> None:
     assert items.grade(BY_ID["l1-return"], typed, "zh").right is right
+
+
+@pytest.mark.parametrize("typed", ["1018624", "1,018,624", "１，０１８，６２４", "1018624.0", "1.018624e6"])
+def test_thousands_may_be_set_off(typed: str) -> None:
+    assert items.grade(BY_ID["l5-zero-peak"], typed, "en").right
 
 
 @pytest.mark.parametrize(
@@ -196,6 +222,9 @@ def test_numbers_may_be_written_in_several_ways(typed: str, right: bool) -> None
         ("l1-markov", "AB"),
         ("l1-markov", "甲"),
         ("l1-return", "two"),
+        ("l1-return", "2,75"),
+        ("l5-zero-peak", "1,01,8624"),
+        ("l5-zero-peak", "0,001"),
         ("l1-policy-iteration", "AB"),
         ("l1-policy-iteration", "AABB"),
         ("l1-why-online", "?"),
@@ -312,6 +341,9 @@ def test_review_asks_what_was_wrong_and_count_prefers_what_is_new(monkeypatch: p
         (["--level", "1", "--module", "dpo"], 2, "not allowed with"),
         (["--level", "1", "--count", "0"], 2, "at least 1"),
         (["--module", "dqo"], 2, "Did you mean `dpo`?"),
+        (["--export", "out", "--review"], 2, "--export writes all items"),
+        (["--export", "out", "--count", "3"], 2, "--export writes all items"),
+        (["--export", "out", "--seed", "0"], 2, "--export writes all items"),
     ],
 )
 def test_a_wrong_option_is_one_message(argv: list[str], code: int, said: str, capsys: Any) -> None:

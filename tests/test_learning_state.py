@@ -86,6 +86,10 @@ def test_a_kill_at_any_moment_leaves_a_whole_file(file: Path, capfd: pytest.Capt
         b'{"schema_version": 1, "answers": [{"item": "x", "right": true, "at": "yesterday"}], "exercises": {}}',
         b'{"schema_version": 1, "answers": [], "exercises": {"gae": true}}',
         b'{"schema_version": 1, "answers": [], "exercises": []}',
+        b'{"schema_version": 1, "answers": {}, "exercises": {}}',
+        b'{"schema_version": 0, "answers": [], "exercises": {}}',
+        b'{"schema_version": 1, "answers": [{"item": "x", "right": true, "at": "2026-01-01"}], "exercises": {}}',
+        b"[" * 100_000,
     ],
 )
 def test_a_damaged_file_is_reported_and_kept(content: bytes, file: Path, capsys: pytest.CaptureFixture[str]) -> None:

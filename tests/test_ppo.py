@@ -116,6 +116,20 @@ def test_the_kl_coefficient_follows_its_target() -> None:
     assert controller.value == pytest.approx(0.1 * 1.1)
     controller.update(1.9, 100)
     assert controller.value == pytest.approx(0.1 * 1.1 * 0.95)
+    controller.update(0.0, 50)  # however far below, at most a fifth per horizon
+    assert controller.value == pytest.approx(0.1 * 1.1 * 0.95 * 0.9)
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (0.9, 0.0)])
+def test_advantages_and_values_give_the_reward_back(gamma: float, lam: float) -> None:
+    b, bootstrap = batch(), torch.tensor([0.0, 0.7, 0.0, -0.3], dtype=torch.float64)
+    values = b["values"] * b["mask"]
+    made = advantages.gae(b["rewards"], values, b["mask"], bootstrap, gamma, lam)
+    found = advantages.implied_reward(made, values, b["mask"], bootstrap, gamma, lam)
+    assert torch.allclose(found, (b["rewards"] * b["mask"]).sum(1))
+    shifted = advantages.gae(b["rewards"], values.roll(1, 1), b["mask"], bootstrap, gamma, lam)
+    off = advantages.implied_reward(shifted, values, b["mask"], bootstrap, gamma, lam)
+    assert ((off - (b["rewards"] * b["mask"]).sum(1)).abs() > 0.01).all()
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -210,7 +224,12 @@ def test_no_function_has_anything_to_say() -> None:
         ({"num_ppo_epochs": 0}, "num_ppo_epochs must be at least 1"),
         ({"temperature": 0.0}, "temperature must be greater than 0"),
         ({"gamma": 1.1}, "gamma must lie in"),
-        ({"save_steps": 6, "save_strategy": "steps"}, "multiple of num_ppo_epochs"),
+        ({"save_steps": 6, "save_strategy": "steps"}, r"save_steps 6: .* multiple of num_ppo_epochs .* such as 4 or 8"),
+        ({"save_steps": 0.5, "save_strategy": "steps"}, "save_steps 0.5: .* such as 4"),
+        (
+            {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 5, "metric_for_best_model": "reward"},
+            "eval_steps 5: .* such as 4 or 8",
+        ),
         ({"kl_target": 1.0, "kl_coef": 0.0}, "kl_target needs"),
         ({"total_episodes": 10, "max_steps": 5}, "exclude each other"),
         ({"truncated_completions": "cut"}, "must be one of"),
@@ -219,6 +238,39 @@ def test_no_function_has_anything_to_say() -> None:
 def test_impossible_options_are_named(tmp_path: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         PPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", **options)
+
+
+def test_an_epoch_ends_with_a_whole_rollout(tmp_path: Path) -> None:
+    for strategy in ("epoch", "no"):
+        config(tmp_path, save_strategy=strategy, save_steps=6)
+    best = {"save_strategy": "best", "eval_strategy": "epoch", "metric_for_best_model": "reward"}
+    config(tmp_path, **best, eval_steps=5)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("trl-lib/Qwen2-0.5B-Reward", "Qwen2-0.5B-Reward"),
+        ("output/reward/latest", "reward-latest"),
+        ("runs/helpful/checkpoint-100", "helpful-checkpoint-100"),
+        ("runs/helpful/checkpoint-100/", "helpful-checkpoint-100"),
+        ("output/reward/20261126-184439-ab12", "reward-20261126-184439-ab12"),
+        ("runs/sft/merged", "sft-merged"),
+        ("run/reward", "reward"),
+        ("latest", "latest"),
+        ("", ""),
+    ],
+)
+def test_a_reward_model_is_named_after_what_says_whose_it_is(path: str, name: str) -> None:
+    assert rewards.name_of_model(path) == name
+
+
+def test_a_folder_without_a_name_of_its_own_is_named_after_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "helpful" / "latest").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "helpful" / "latest")
+    assert rewards.name_of_model(".") == "helpful-latest"
 
 
 # ---------------------------------------------------------------- the trainer
@@ -237,6 +289,48 @@ def test_a_dataset_that_cannot_be_used_is_refused(tmp_path: Path, rows: dict[str
         PPOTrainer(
             policy(0), lambda **kwargs: [], config(tmp_path), Dataset.from_dict(rows), processing_class=tokenizer()
         )
+
+
+@pytest.mark.parametrize("prompts", [["t1", "", "t2"], ["t1", " \n", "t2"]])
+def test_a_prompt_without_tokens_is_refused(tmp_path: Path, prompts: list[str]) -> None:
+    with pytest.raises(ValueError, match="train_dataset, row 1: the prompt is empty"):
+        PPOTrainer(
+            policy(0), one, config(tmp_path), Dataset.from_dict({"prompt": prompts}), processing_class=tokenizer()
+        )
+    conversations = Dataset.from_dict({"prompt": [[{"role": "user", "content": "t1"}], []]})
+    with pytest.raises(ValueError, match="eval_dataset, row 1: the prompt is empty"):
+        PPOTrainer(policy(0), one, config(tmp_path), eval_dataset=conversations, processing_class=tokenizer())
+
+
+def one(completions, **kwargs):
+    return [1.0] * len(completions)
+
+
+def heads(kind: Any, labels: int = 1) -> Any:
+    torch.manual_seed(0)
+    settings = policy(0).config
+    settings.num_labels = labels
+    return kind.from_config(settings)
+
+
+def test_a_critic_is_a_token_classifier_with_one_label(tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    needed = "a value_model is a token classifier with one label"
+    for wrong, words in (
+        (policy(1), "not a Qwen3ForCausalLM"),
+        (heads(AutoModelForSequenceClassification), "not a Qwen3ForSequenceClassification"),
+        (heads(AutoModelForTokenClassification, 2), "has 2 labels"),
+        (str(tiny.ensure("tiny-qwen")), "has no weights for score.weight"),
+    ):
+        with pytest.raises(ValueError, match=f"{needed}.*{words}"):
+            PPOTrainer(policy(0), one, config(tmp_path), processing_class=tokenizer(), value_model=wrong)
+    reward_model = heads(AutoModelForSequenceClassification)
+    reward_model.save_pretrained(tmp_path / "reward")
+    for right in (heads(AutoModelForTokenClassification), str(tmp_path / "reward")):
+        trainer = PPOTrainer(policy(0), one, config(tmp_path), processing_class=tokenizer(), value_model=right)
+    assert torch.equal(trainer.model.value_model.score.weight, reward_model.score.weight)
+    assert not trainer.model.value_model.score.bias.any()
 
 
 def test_a_model_that_has_adapters_already_is_refused(tmp_path: Path) -> None:
@@ -321,6 +415,97 @@ def test_a_resumed_run_ends_like_the_uninterrupted_one(tmp_path: Path, how: str)
     assert whole.kl_controller.value == second.kl_controller.value != 0.05
     losses_of = lambda trainer: [row["loss"] for row in trainer.state.log_history if "loss" in row]  # noqa: E731
     assert losses_of(whole) == losses_of(second)
+
+
+def quick(folder: Path, reward: Any, **options: Any) -> PPOTrainer:
+    """Rollouts of 4 answers of at most 3 tokens, and 4 optimizer steps on each."""
+    prompts = Dataset.from_dict({"prompt": [f"t{i}" for i in range(8)]})
+    sizes = {"per_device_train_batch_size": 4, "max_completion_length": 3, "learning_rate": 1e-2}
+    args = config(folder, **{**sizes, "max_steps": 8, "save_strategy": "steps", "save_steps": 4, **options})
+    return PPOTrainer(policy(0), reward, args, prompts, prompts, processing_class=tokenizer())
+
+
+def length(completion_ids, **kwargs):
+    return [float(len(ids)) for ids in completion_ids]
+
+
+def test_the_best_critic_comes_back_with_the_best_policy(tmp_path: Path) -> None:
+    def worse_and_worse(completions, trainer_state, **kwargs):
+        return [-float(trainer_state.global_step + i) for i in range(len(completions))]
+
+    best = {
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "reward",
+    }
+    trainer = quick(tmp_path, worse_and_worse, **best, greater_is_better=True)
+    trainer.train()
+    assert str(trainer.state.best_model_checkpoint).endswith("checkpoint-4")
+    for name, module, kind in (
+        ("", trainer.model.policy, AutoModelForCausalLM),
+        ("value_model", trainer.model.value_model, AutoModelForTokenClassification),
+    ):
+        first, last = (kind.from_pretrained(tmp_path / f"checkpoint-{step}" / name).state_dict() for step in (4, 8))
+        assert all(torch.equal(first[key], value) for key, value in module.state_dict().items())
+        assert any(not torch.equal(first[key], last[key]) for key in first)
+
+
+def test_a_resumed_critic_is_the_one_that_was_saved(tmp_path: Path) -> None:
+    trainer = quick(tmp_path, length, max_steps=4)
+    trainer.train()
+    other = quick(tmp_path, length)
+    assert not torch.equal(other.model.value_model.score.weight, trainer.model.value_model.score.weight)
+    other.model.load_critic(tmp_path / "checkpoint-4")
+    critic = other.model.value_model.state_dict()
+    assert all(torch.equal(critic[name], value) for name, value in trainer.model.value_model.state_dict().items())
+
+
+def first_token(completion_ids, **kwargs):
+    return [float(ids[0]) for ids in completion_ids]
+
+
+def test_an_evaluation_answers_greedily_and_by_sampling_and_draws_nothing_from_the_training(tmp_path: Path) -> None:
+    trainer = quick(tmp_path, first_token)
+    rows = list(trainer.eval_dataset)
+    inputs = [tokenizer()(row["prompt"], return_tensors="pt") for row in rows]
+    best = [int(trainer.model.policy(**ids).logits[0, -1].argmax()) for ids in inputs]
+    before = torch.get_rng_state()
+    found = trainer.evaluate()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert found["eval_reward"] == pytest.approx(sum(best) / len(best))
+    assert found["eval_sampled_reward"] != pytest.approx(found["eval_reward"])
+    torch.manual_seed(123)
+    again = trainer.evaluate()
+    assert {name: value for name, value in again.items() if "runtime" not in name} == {
+        name: value for name, value in found.items() if "runtime" not in name
+    }
+
+
+def test_each_epoch_has_an_order_of_its_own(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def note(prompts, **kwargs):
+        asked.extend(prompts)
+        return [0.0] * len(prompts)
+
+    quick(tmp_path, note, num_ppo_epochs=1, max_steps=6, save_strategy="no").train()
+    epochs = [asked[i : i + 8] for i in (0, 8, 16)]
+    assert [sorted(epoch) for epoch in epochs] == [sorted(epochs[0])] * 3
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_a_checkpoint_within_a_rollout_is_not_gone_on_from(tmp_path: Path) -> None:
+    quick(tmp_path, length, max_steps=6).train()
+    for options, step, words in (
+        ({}, 6, r"checkpoint-6 was written after 6 optimizer steps, .* = 4 \* 1"),
+        ({"num_ppo_epochs": 3, "save_steps": 3}, 4, r"checkpoint-4 was written after 4 optimizer steps, .* = 3 \* 1"),
+    ):
+        with pytest.raises(trainer_module.ResumeError, match=words):
+            quick(tmp_path, length, **options).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    again = quick(tmp_path, length, num_ppo_epochs=2)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert again.state.global_step == 8
 
 
 @slow
@@ -482,6 +667,17 @@ def test_a_forward_pass_is_for_rows_of_similar_length(lengths: list[int], size: 
         assert len(own) <= size and min(own) >= 0.75 * max(own)
     for group, following in itertools.pairwise(groups):  # no group ends early
         assert len(group) == size or 1 + lengths[following[0]] < 0.75 * (1 + lengths[group[0]])
+
+
+def test_processes_that_share_layers_make_equally_many_forward_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each pass gathers a sharded model's layers, in all processes at once: with a pass less elsewhere they would wait."""
+    trainer = small_trainer(tmp_path, local_rollout_forward_batch_size=4)
+    sequences = rollout.Sequences.of([[7]] * 8, [[5] * n for n in (1, 1, 2, 4, 8, 16, 32, 64)], pad=0, device="cpu")
+    assert len(list(trainer._groups(sequences))) > 2
+    monkeypatch.setattr(trainer_module, "is_deepspeed_zero3_enabled", lambda: True)
+    assert [len(rows) for rows in trainer._groups(sequences)] == [4, 4]
 
 
 def test_rollout_and_update_compute_in_the_same_precision(tmp_path: Path) -> None:

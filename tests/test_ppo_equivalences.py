@@ -107,9 +107,9 @@ def test_without_critic_and_lambda_ppo_is_reinforce(tmp_path: Path, kl_coef: flo
 
 @pytest.mark.parametrize("how", ["full", "lora on one backbone", "lora on two"])
 def test_without_a_kl_penalty_no_reference_is_computed(tmp_path: Path, how: str) -> None:
-    """Forward passes over whole sequences in one rollout, generation not counted: policy and critic, and nothing else."""
+    """Forward passes per group of sequences in one rollout, generation not counted: policy and critic, and nothing else."""
 
-    def passes(kl_coef: float) -> tuple[int, PPOTrainer]:
+    def passes(kl_coef: float) -> tuple[float, PPOTrainer]:
         peft = None if how == "full" else lora()
         trainer = make_trainer(tmp_path, peft, kl_coef=kl_coef, share_backbone=how != "lora on two")
         count = 0
@@ -122,8 +122,9 @@ def test_without_a_kl_penalty_no_reference_is_computed(tmp_path: Path, how: str)
             for module in model.modules() if model is not None else ():
                 if type(module).__name__ == "Qwen3Model":
                     module.register_forward_pre_hook(hook, with_kwargs=True)
-        trainer.make_rollout(list(PROMPTS))
-        return count, trainer
+        sequences = trainer.make_rollout(list(PROMPTS)).sequences
+        groups = list(sequences.by_similar_length(trainer.args.local_rollout_forward_batch_size))
+        return count / len(groups), trainer
 
     count, trainer = passes(0.0)
     assert count == 2 and trainer.ref_model is None

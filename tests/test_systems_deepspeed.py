@@ -43,6 +43,21 @@ def test_the_traffic_of_section_7(name: str, times: int) -> None:
     assert sent == times * 4000
 
 
+@pytest.mark.parametrize("n_ranks", [1, 2, 3, 8, 64, 1000])
+@pytest.mark.parametrize("stage", range(4))
+def test_the_cheat_sheet_has_the_same_formulas(stage: int, n_ranks: int) -> None:
+    """The course keeps them without torch, as one number; here they are taken apart by kind and phase."""
+    from llmcore_hf.learning import formulas as cheat_sheet
+
+    engine = BY_NAME[f"zero {stage}, bf16"]
+    for n in (1, 1000, 254_656, 7_500_000_000):
+        held = sum(formulas.zero_bytes(engine, n, n_ranks).values())
+        assert held == pytest.approx(cheat_sheet.zero_bytes(n, n_ranks, stage), rel=1e-12)
+        traffic = formulas.zero_traffic(engine, n).values()
+        sent = sum((2 if kind == "all_reduce" else 1) * buffer for kinds in traffic for kind, buffer in kinds.items())
+        assert sent == 2 * cheat_sheet.zero_traffic(n, stage)  # elements of two bytes
+
+
 def test_bfloat16_halves_parameters_and_gradients_and_nothing_else() -> None:
     wide, narrow = (formulas.zero_bytes(BY_NAME[name], 1000, 2) for name in ("zero 3", "zero 3, bf16"))
     assert narrow == {**wide, "parameters": wide["parameters"] / 2, "gradients": wide["gradients"] / 2}

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import Run
+from learning_runs import check_brief
 
 from llmcore_hf.run_dir import validate_summary
 
@@ -40,6 +41,7 @@ def assert_a_good_run(
     for picture in pictures:
         content = (run_of(folder, name) / picture).read_bytes()
         assert content.startswith(b"\x89PNG") and len(content) > 10_000, picture
+    check_brief(name, run_of(folder, name))
 
 
 def test_the_megatron_toy(llmcore: Run, tmp_path: Path) -> None:

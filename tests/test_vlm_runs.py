@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Run
+from learning_runs import check_brief
 
 from llmcore_hf.run_dir import validate_summary
 from llmcore_hf.vlm import evaluation
@@ -51,6 +52,7 @@ def test_a_toy_sees(toy_run, module: str) -> None:
     assert after["hard/vqa_accuracy"] >= 0.4, "color-shape pairs never seen"
     assert all(check["status"] == "pass" for check in summary["checks"])
     assert summary["peak_rss_mb"] < 2000
+    check_brief(module, run_dir)
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -43,7 +43,12 @@ def save_period(values: Mapping[str, Any]) -> int:
 
 
 def check_save_steps(values: Mapping[str, Any]) -> list[str]:
-    """Checkpoints in the middle of a generation buffer, as one sentence; a resumed run would differ from there on."""
+    """Checkpoints in the middle of GRPO's generation buffer, as one sentence; a resumed run would differ from there on.
+
+    `PPOConfig` refuses those in the middle of a rollout by itself.
+    """
+    if "num_iterations" not in values:
+        return []
     period, strategy = save_period(values), str(resume.plain(values["save_strategy"]))
     if period == 1 or strategy == "no":
         return []

@@ -25,7 +25,7 @@ from llmcore_hf.checks import Check
 from llmcore_hf.config import Config, RunArguments
 from llmcore_hf.curves import HELD_OUT, REJECTED, Line, Panel, draw
 from llmcore_hf.data.loading import DataArguments, Splits
-from llmcore_hf.ppo.rewards import GIVEN, Batch, Scorer, make_scorers
+from llmcore_hf.ppo.rewards import GIVEN, Batch, RewardError, Scorer, make_scorers, shown
 from llmcore_hf.run_dir import RunDirectory
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ house_defaults = training.house_defaults
 # Of the mean advantage over whole groups. Nearly equal scores of a reward model are divided by a standard deviation of about
 # 1e-4, which makes 1e-3 of rounding errors (measured); a mean that is not the group's is off by about 1.
 TOLERANCE = 1e-2
+RewardFunction = Callable[..., list[float | None]]
 
 
 def argument_classes() -> tuple[type, ...]:
@@ -86,7 +87,7 @@ def make_trainer(config: Config, job: Job, splits: Splits, scorers: list[Scorer]
     model_args = config.part(ModelArguments)
     trainer = trainer_class()(
         model=job.path,
-        reward_funcs=[checked(scorer) for scorer in scorers],
+        reward_funcs=refusing_silence([checked(scorer) for scorer in scorers]),
         args=config.part(argument_classes()[-1]),
         train_dataset=splits.train,
         eval_dataset=splits.validation,
@@ -116,6 +117,35 @@ def checked(scorer: Scorer) -> Callable[..., list[float | None]]:
 
     function.__name__ = scorer.name  # TRL names the metric after it
     return function
+
+
+def refusing_silence(functions: list[RewardFunction]) -> list[RewardFunction]:
+    """The same functions, which end the run when none of them has anything to say about a whole batch.
+
+    As in TRL, a single completion without a reward does not count; about a batch of nothing else TRL only warns, and trains
+    on with advantages of 0.
+    """
+    spoke: list[bool] = []  # of each function that TRL has asked about this batch so far, one after the other
+
+    def watched(function: RewardFunction) -> RewardFunction:
+        @functools.wraps(function)
+        def asked(prompts: Any, completions: Any, **more: Any) -> list[float | None]:
+            rewards = function(prompts=prompts, completions=completions, **more)
+            spoke.append(any(reward is not None for reward in rewards))
+            if len(spoke) == len(functions):
+                silence = not any(spoke)
+                spoke.clear()
+                if silence:
+                    raise RewardError(
+                        f"every reward function returned None for all {len(prompts)} completions of the prompts after step "
+                        f"{more['trainer_state'].global_step}: there is nothing to learn from. For example: "
+                        + shown(Batch(prompts, completions, more["completion_ids"], {}, ""), 0)
+                    )
+            return rewards
+
+        return asked
+
+    return [watched(function) for function in functions]
 
 
 @functools.cache

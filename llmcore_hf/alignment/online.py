@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from llmcore_hf.curves import HELD_OUT, REJECTED, TRAIN, Line, Panel
 from llmcore_hf.data.loading import DataArguments, Splits, load
 from llmcore_hf.errors import UserError
 from llmcore_hf.models import loading
-from llmcore_hf.ppo.rewards import Batch, Scorer, load_reward_model
+from llmcore_hf.ppo.rewards import Batch, RewardError, Scorer, load_reward_model, shown
 from llmcore_hf.run_dir import RunDirectory
 
 if TYPE_CHECKING:
@@ -65,7 +66,9 @@ def _room(job: Job, n_completion: int) -> training.PromptLimit | None:
     if not job.context:
         return None
     fills = f"leaves no room for --max_completion_length {n_completion} in the {job.context} tokens of the context"
-    return training.PromptLimit(job.tokenizer, lambda row: encode(job, row), job.context - n_completion + 1, fills)
+    remedy = "lower --max_completion_length, or shorten it"
+    longest = job.context - n_completion + 1
+    return training.PromptLimit(job.tokenizer, lambda row: encode(job, row), longest, fills, remedy)
 
 
 def prompt_limit_of(job: Job, max_length: int | None) -> training.PromptLimit | None:
@@ -189,8 +192,12 @@ class HeldOut:
         given = {"trainer_state": self.trainer.state, "log_metric": _ignore, "log_extra": _ignore}
         found = {f"rewards/{s.name}": s(batch, self.batch_size, **given).tolist() for s in self.scorers}
         weights = [scorer.weight for scorer in self.scorers]
-        rows = zip(*found.values(), strict=True)
-        total = [math.fsum(w * v for w, v in zip(weights, row, strict=True) if not math.isnan(v)) for row in rows]
+        total = [_weighted_sum(weights, row) for row in zip(*found.values(), strict=True)]
+        if all(map(math.isnan, total)):
+            raise RewardError(
+                f"every reward function returned None for all {len(total)} completions of {batch.name}, for example: "
+                f"{shown(batch, 0)}"
+            )
         return {"reward": total, **(found if len(found) > 1 else {})}
 
     def reference_likelihoods(self, rows: list[evaluation.Encoded]) -> list[float] | None:
@@ -212,6 +219,12 @@ def _reference_of(trainer: Any, policy: Any) -> tuple[Any, AbstractContextManage
     if hasattr(policy, "disable_adapter"):
         return policy, policy.disable_adapter()
     return None, nullcontext()
+
+
+def _weighted_sum(weights: list[float], values: Sequence[float]) -> float:
+    """Over the functions that had something to say; NaN when none had."""
+    known = [w * v for w, v in zip(weights, values, strict=True) if not math.isnan(v)]
+    return math.fsum(known) if known else math.nan
 
 
 def _ignore(name: str, value: Any) -> None:

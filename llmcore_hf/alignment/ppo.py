@@ -10,6 +10,8 @@ Trainer: `llmcore_hf.ppo.PPOTrainer`, as TRL has none any more.
 
 from __future__ import annotations
 
+import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,10 @@ as_trained, prompt_limit_of = online.as_trained, online.prompt_limit_of
 WORSE_THAN_CONSTANT = -0.1
 # The rollout and the first step compute the same ratio by the same code; DDP may cast half-precision outputs in between.
 RATIO_TOLERANCE = {"float32": 1e-3, "half": 0.1}
+# Nats per token that the mean KL may lie below 0, chance aside: tokens are drawn by code that rounds differently.
+KL_TOLERANCE = {"float32": 1e-3, "half": 1e-2}
+STANDARD_ERRORS = 4  # by which a mean must lie off before it counts as such
+REWARD_TOLERANCE = 1e-2  # of the reward; float32 sums over a thousand tokens are off by at most 1e-3
 
 
 def argument_classes() -> tuple[type, ...]:
@@ -103,8 +109,9 @@ def make_trainer(
 def training_checks(history: list[dict[str, Any]], args: PPOConfig) -> list[Check]:
     """What the log of the training says about the method."""
     rows = [row for row in history if "val/ratio" in row]
+    precision = "half" if args.bf16 or args.fp16 else "float32"
     off = max((row["val/first_ratio_off"] for row in rows if "val/first_ratio_off" in row), default=None)
-    tolerance = RATIO_TOLERANCE["half" if args.bf16 or args.fp16 else "float32"]
+    tolerance = RATIO_TOLERANCE[precision]
     variances = [v for row in rows if (v := row.get("val/explained_variance")) is not None]  # None: no return differed
     explained = sum(variances) / len(variances) if variances else None
     clipped = max((row["policy/clipfrac_avg"] for row in rows), default=None)
@@ -119,6 +126,8 @@ def training_checks(history: list[dict[str, Any]], args: PPOConfig) -> list[Chec
             "In the first step on a rollout the policy is still the one that sampled, so every ratio is 1; if not, "
             "temperature, dropout or padding differ between sampling and training.",
         ),
+        _kl_check(rows, args, KL_TOLERANCE[precision]),
+        _reward_check(rows),
         Check(
             "ppo.critic_is_no_worse_than_a_constant",
             "learning",
@@ -139,6 +148,41 @@ def training_checks(history: list[dict[str, Any]], args: PPOConfig) -> list[Chec
             "More than half of the tokens are clipped: the steps are too large. Lower learning rate or num_ppo_epochs.",
         ),
     ]
+
+
+def _kl_check(rows: list[dict[str, Any]], args: PPOConfig, tolerance: float) -> Check:
+    """A KL is never negative; its estimate from samples may be, but not on average, when the policy itself is sampled."""
+    of_the_policy = args.top_p == 1 and args.top_k == 0
+    pairs = [(row["objective/kl"], row["completions/mean_length"]) for row in rows if "objective/kl" in row]
+    per_token = [kl / length for kl, length in pairs]
+    high = None
+    if of_the_policy and len(per_token) > 1:
+        high = statistics.fmean(per_token) + STANDARD_ERRORS * statistics.stdev(per_token) / math.sqrt(len(per_token))
+    return Check(
+        "ppo.kl_is_not_negative",
+        "invariant",
+        None if high is None else high > -tolerance,
+        {"mean_kl_per_token": statistics.fmean(per_token) if per_token else None, "at_most": high},
+        f"the mean over the log rows, {STANDARD_ERRORS} standard errors added, is above -{tolerance} nats per token",
+        "从策略自己采样时，log π − log π_ref 的期望就是 KL，不可能为负；明显为负说明两者写反了，或采样的不是这个策略，惩罚就成了奖励。",
+        "For samples of the policy the mean of log pi - log pi_ref is a KL and can't be negative. If it clearly is, the two are "
+        "exchanged or something else was sampled, and the penalty rewards leaving the reference.",
+    )
+
+
+def _reward_check(rows: list[dict[str, Any]]) -> Check:
+    """What advantages and values of a completion add up to, against its score minus the KL penalty."""
+    off = max((row["val/reward_off"] for row in rows if "val/reward_off" in row), default=None)
+    return Check(
+        "ppo.advantages_add_up_to_the_reward",
+        "invariant",
+        None if off is None else off < REWARD_TOLERANCE,
+        {"largest_relative_difference": off},
+        f"the rewards that advantages and values imply add up to score minus KL penalty, within {REWARD_TOLERANCE}",
+        "由优势和价值反推的每个 token 的奖励之和，必须等于得分减去 KL 惩罚；不等说明 GAE 错位、KL 惩罚符号反了，或得分没有落在回答里。",
+        "The token rewards that follow from advantages and values must add up to score minus KL penalty; if not, the advantage "
+        "estimation is shifted, the penalty has the wrong sign, or the score is not inside the completion.",
+    )
 
 
 def draw_curves(run_dir: RunDirectory, job: Job, splits: Splits, scorers: list[Scorer]) -> bytes:

@@ -13,7 +13,7 @@ import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from llmcore_hf import distributed, registry
 from llmcore_hf.checks import Check
@@ -31,7 +31,13 @@ SLACK = 0.05
 
 @dataclass
 class RLHFArguments(RunArguments):
-    """A model, and the options of each stage under the names that its module has for them."""
+    """A model, and the options of each stage under the names that its module has for them.
+
+    On the command line a stage's options are a JSON mapping, as in `--ppo '{"kl_coef": 0.1}'`, or the name of a file with
+    one; options that it does not name stay those of the recipe.
+    """
+
+    MERGED: ClassVar[tuple[str, ...]] = STAGES
 
     model_name_or_path: str | None = field(
         default=None,
@@ -41,13 +47,19 @@ class RLHFArguments(RunArguments):
             + "."
         },
     )
-    sft: dict | str | None = field(default=None, metadata={"help": "Options of the stage `sft`, as in --module sft."})
-    reward: dict | str | None = field(default=None, metadata={"help": "Options of the stage `reward`."})
+    sft: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Options of the stage `sft`, as in --module sft: a mapping, in JSON on the command line. Given over a "
+            "recipe, it changes the options that it names, and the recipe's others stay.",
+        },
+    )
+    reward: dict | str | None = field(default=None, metadata={"help": "Options of the stage `reward`, likewise."})
     ppo: dict | str | None = field(
         default=None,
         metadata={
-            "help": "Options of the stage `ppo`. The reward model comes first in `reward_weights`; a function of weight 0 "
-            "is the gold reward, which is measured and not trained on."
+            "help": "Options of the stage `ppo`, likewise. The reward model comes first in `reward_weights`; a function of "
+            "weight 0 is the gold reward, which is measured and not trained on.",
         },
     )
     seed: int = field(default=42, metadata={"help": "Seed of all stages."})

@@ -121,6 +121,7 @@ def check_options(config: Config, built_in: Iterable[str] = tiny.TINY_MODELS, ne
     problems += _misspelt("dataset_name", dataset, "toy-", TOY_DATASETS)
     if model and model not in built_in and looks_like_path(model) and not Path(model).expanduser().is_dir():
         problems.append(f"--model_name_or_path {model}: there is no such folder")
+    problems += _adapter_alone(model)
     if dataset and looks_like_path(dataset) and not Path(dataset).expanduser().exists():
         problems.append(f"--dataset_name {dataset}: there is no such file or folder")
     problems += [f"--{n} must be greater than 0, not {values[n]}" for n in POSITIVE if _not_positive(values.get(n))]
@@ -141,6 +142,18 @@ def check_options(config: Config, built_in: Iterable[str] = tiny.TINY_MODELS, ne
         )
     problems += check_save_steps(values)
     return problems + _check_trackers(values["report_to"]) + _check_peft(config) + _check_precision(values)
+
+
+def _adapter_alone(model: str | None) -> list[str]:
+    """An adapter is no model to start from: a second one would be stacked on it, or it would be trained in place."""
+    folder = Path(model or "").expanduser()
+    if not model or not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
+        return []
+    merge = f"AutoPeftModelForCausalLM.from_pretrained({model!r}).merge_and_unload().save_pretrained('merged')"
+    return [
+        f"--model_name_or_path {model} holds a LoRA adapter and no whole model. Merge it into its base first, in Python: "
+        f"from peft import AutoPeftModelForCausalLM; {merge}; save the tokenizer there, too, and start from `merged`"
+    ]
 
 
 def _check_data(values: dict[str, Any], task: str | None) -> list[str]:
@@ -277,6 +290,7 @@ class PromptLimit:
         encode: a row -> its tokens; what stands before the first answer counts as the prompt.
         max_length: tokens of prompt and answer together.
         fills: what a prompt of so many tokens does, for the message.
+        remedy: what to change, for the message.
     """
 
     SLACK = 2  # tokens per turn that text and template may make more together than apart
@@ -288,8 +302,9 @@ class PromptLimit:
         encode: Callable[[dict[str, Any]], evaluation.Encoded],
         max_length: int,
         fills: str | None = None,
+        remedy: str = "raise --max_length, or shorten it",
     ) -> None:
-        self.tokenizer, self.encode, self.max_length = tokenizer, encode, max_length
+        self.tokenizer, self.encode, self.max_length, self.remedy = tokenizer, encode, max_length, remedy
         self.fills = fills or f"fills --max_length {max_length}"
 
     def may_be_too_long(self, n_bytes: np.ndarray, n_turns: np.ndarray) -> np.ndarray:
@@ -503,6 +518,8 @@ def train(trainer: Trainer, run: RunDirectory) -> None:
             trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
         except NothingLeft:
             trainer.is_in_train = False
+        except UserError:
+            raise  # says all by itself
         except Exception as error:
             if run.checkpoint is None or progress.began is not None or storage_trouble(error, run.path):
                 raise

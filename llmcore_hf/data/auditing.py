@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 # Columns are suspected to be swapped when answers end in a question mark far more often than prompts do.
 ASKING_SHARE, ASKING_ROWS = 0.5, 10
-TOO_LONG = "raise --max_length, or shorten it"
 
 
 class Split:
@@ -132,9 +131,11 @@ class LengthLimit(Protocol):
 
     Attributes:
         measured: the columns of `META` with the bytes and turns that count.
+        remedy: what to change when a row is too long.
     """
 
     measured: tuple[str, str]
+    remedy: str
 
     def may_be_too_long(self, n_bytes: np.ndarray, n_turns: np.ndarray) -> np.ndarray:
         """(N,) from what is `measured`: False where no tokenization is needed to know that the rows fit."""
@@ -148,4 +149,4 @@ def too_long(split: Split, limit: LengthLimit) -> Iterator[Problem]:
     candidates = split.good & limit.may_be_too_long(*map(split.column, limit.measured))
     for index in np.flatnonzero(candidates):
         if text := limit.problem(split.rows[int(index)]):
-            yield split.problem(index, "too_long", None, text, TOO_LONG)
+            yield split.problem(index, "too_long", None, text, limit.remedy)

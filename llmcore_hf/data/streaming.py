@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmcore_hf.data import auditing, preparing
+from llmcore_hf.data import preparing
 from llmcore_hf.data.auditing import LengthLimit
 from llmcore_hf.data.loading import DataArguments, Opened, Splits, fingerprint, judge
 from llmcore_hf.data.preparing import FILE, KEY, LINE, META, PROBLEMS, PROMPT_KEY, ROW
@@ -61,15 +61,13 @@ class Gate:
         if row[PROMPT_KEY] in self.held_out:
             text = f"has a prompt of the held-out split `{self.held_out[row[PROMPT_KEY]]}`"
             yield Problem("leak", **place, field=None, text=text, remedy="remove it from one of the splits")
-        too_long = self._too_long(row)
-        if too_long:
-            yield Problem("too_long", **place, field=None, text=too_long, remedy=auditing.TOO_LONG)
+        if self.limit is not None and (too_long := self._too_long(row, self.limit)):
+            yield Problem("too_long", **place, field=None, text=too_long, remedy=self.limit.remedy)
 
-    def _too_long(self, row: dict[str, Any]) -> str | None:
-        if self.limit is None:
-            return None
-        sizes = (np.array([row[name]]) for name in self.limit.measured)
-        return self.limit.problem(row) if self.limit.may_be_too_long(*sizes)[0] else None
+    @staticmethod
+    def _too_long(row: dict[str, Any], limit: LengthLimit) -> str | None:
+        sizes = (np.array([row[name]]) for name in limit.measured)
+        return limit.problem(row) if limit.may_be_too_long(*sizes)[0] else None
 
 
 def stream_splits(

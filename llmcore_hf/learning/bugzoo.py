@@ -322,15 +322,19 @@ def unseal(case: Case, language: str) -> None:
 # ---------------------------------------------------------------- the command
 
 
+def standing(answers: list[dict[str, Any]]) -> dict[str, str]:
+    """Bug -> `found` once it was named right, `missed` while all its answers were wrong, `unseen`."""
+    right, met = quiz.answered_right(answers), {answer["item"] for answer in answers}
+    ids = {bug: f"{ANSWER}{bug}" for bug in load()["bugs"]}
+    return {bug: "found" if id in right else "missed" if id in met else "unseen" for bug, id in ids.items()}
+
+
 def overview(language: str) -> str:
     """The bugs of the zoo, and whether the learner has recognized them."""
-    answers = state.read()["answers"]
-    right, met = quiz.answered_right(answers), {answer["item"] for answer in answers}
-    rows = []
-    for bug in load()["bugs"]:
-        id = f"{ANSWER}{bug}"
-        word = "found" if id in right else "missed" if id in met else "unseen"
-        rows.append(_row([load()["names"][bug][language], f"`{module_of(bug)}`", WORDS[word][language]]))
+    rows = [
+        _row([load()["names"][bug][language], f"`{module_of(bug)}`", WORDS[word][language]])
+        for bug, word in standing(state.read()["answers"]).items()
+    ]
     return "\n".join([WORDS["list"][language], "| --- | --- | --- |", *rows])
 
 

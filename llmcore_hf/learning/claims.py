@@ -15,6 +15,7 @@ from llmcore_hf.learning.evidence import Run
 from llmcore_hf.learning.texts import LANGUAGES, Text
 
 Path = Sequence[str | int]
+NOT_FINITE = (float("inf"), float("-inf"))
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Claim:
     def found(self, run: Run) -> dict[str, Any] | None:
         """The values of this claim in `run`; None when the claim cannot be made."""
         found = {name: run.look_up(path) for name, path in self.values.items()}
-        if any(value is None for value in found.values()):
+        if any(value is None or value in NOT_FINITE or value != value for value in found.values()):
             return None
         read_checks = {str(path[1]) for path in self.values.values() if path[0] == "checks"}
         if any(not _passed(run, check) for check in read_checks):

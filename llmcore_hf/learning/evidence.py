@@ -75,13 +75,25 @@ def read(path: Path, module: str | None = None) -> Run:
         summary = json.loads(file.read_text(encoding="utf-8"))
         run = Run(path.resolve(), summary)
         found = summary["module"], summary["status"], summary["run_id"]
-    except (ValueError, KeyError, TypeError) as error:
+        _check(summary)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{file} is damaged ({type(error).__name__}: {error}): mend it, or delete that folder"
         ) from None
     if module is not None and found[0] != module:
         raise UserError(f"{path} is a run of `{found[0]}`, not of `{module}`")
     return run
+
+
+def _check(summary: dict[str, Any]) -> None:
+    """Raises an error unless the parts that the course shows whole are of the kind that `summary.schema.json` says."""
+    for check in summary["checks"]:
+        for key in ("id", "status", "observed", "expected", "why_zh", "why_en"):
+            check[key]
+    if (block := summary.get("eval")) is not None:
+        for name in ("before", "after", "ci95"):
+            block[name].keys()
+    f"{summary.get('wall_seconds') or 0:.0f}"
 
 
 def latest(module: str, root: Path = Path("output")) -> Run | None:

@@ -11,6 +11,7 @@ from llmcore_hf.errors import UserError
 from llmcore_hf.learning import brief, evidence, plan
 from llmcore_hf.learning.evidence import Run
 from llmcore_hf.learning.texts import Parser
+from llmcore_hf.registry import Module
 
 WORDS = {
     "title": {"zh": "三分钟口稿：全部模块", "en": "Three-minute briefs of all modules"},
@@ -27,15 +28,29 @@ WORDS = {
         "en": "there is no run at all (looked in output/). Run a module first: python run.py --module mdp --toy",
     },
 }
-# Fonts that systems have; nothing is fetched. A brief begins on a page of its own and is not broken inside a block.
+# Fonts that systems have; nothing is fetched. On paper a brief takes two pages: it begins a page, and the list of where
+# its numbers come from is small. Formulas are wide: on a screen they may leave the column of text, or scroll.
 STYLE = """
 body { font: 11pt/1.6 "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "Source Han Sans SC", sans-serif;
        max-width: 46em; margin: 2em auto; padding: 0 1em; color: #111; }
-h1 { font-size: 1.5em; border-bottom: 2px solid #333; } h2 { font-size: 1.15em; margin-top: 1.4em; }
-table { border-collapse: collapse; width: 100%; } td, th { border: 1px solid #999; padding: .2em .5em; text-align: left; }
-pre { background: #f4f4f4; padding: .7em; white-space: pre-wrap; } code { font-family: monospace; font-size: .92em; }
-section { break-before: page; } pre, li, table, p { break-inside: avoid; }
-@media print { body { margin: 0; max-width: none; font-size: 10pt; } }
+h1 { font-size: 1.5em; line-height: 1.3; border-bottom: 2px solid #333; margin: 0 0 .5em; } section { margin-top: 3em; }
+h2 { font-size: 1.15em; margin: 1.2em 0 .4em; } p, ul, pre { margin: .5em 0; } hr { border: 0; border-top: 1px solid #bbb; }
+table { display: block; overflow-x: auto; border-collapse: collapse; line-height: 1.35; }
+td, th { border: 1px solid #999; padding: .2em .5em; text-align: left; white-space: nowrap; }
+td:nth-child(3) { white-space: normal; }
+pre { background: #f4f4f4; padding: .7em; width: max-content; max-width: min(100vw - 3em, 64em); box-sizing: border-box;
+      overflow-x: auto; line-height: 1.4; }
+code { font-family: monospace; font-size: .88em; } pre code { font-size: .75em; }
+ul.sources { font-size: .8em; line-height: 1.35; overflow-wrap: anywhere; }
+@page { size: A4; margin: 13mm 14mm; }
+@media print {
+  body { margin: 0; padding: 0; max-width: none; font-size: 9.5pt; line-height: 1.45; }
+  section { break-before: page; margin: 0; } h2, p:has(> strong:only-child) { break-after: avoid; }
+  pre, li, tr, p { break-inside: avoid; }
+  table { display: table; font-size: .92em; } a { color: inherit; text-decoration: none; }
+  pre { width: auto; max-width: none; white-space: pre-wrap; } pre code { font-size: 6.6pt; }
+  ul.sources { columns: 2; column-gap: 2em; font-size: .72em; padding-left: 1.5em; }
+}
 """
 
 
@@ -55,7 +70,7 @@ def index(found: dict[str, tuple[Run, str]], language: str) -> str:
     lines.append("| --- | --- | --- | --- | --- | --- |")
     rows: list[tuple[int, str, str]] = []
     for module in registry.MODULES:
-        rows.append((module.day, module.name, _row(module.name, found, language)))
+        rows.append((module.day, module.name, _row(module, found, language)))
     for day in plan.load().days:
         if not plan.find(day.module):
             rows.append((day.day, day.module, f"{WORDS['planned'][language]} | | |"))
@@ -63,11 +78,12 @@ def index(found: dict[str, tuple[Run, str]], language: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _row(name: str, found: dict[str, tuple[Run, str]], language: str) -> str:
+def _row(module: Module, found: dict[str, tuple[Run, str]], language: str) -> str:
+    name, title = module.name, {"zh": module.title_zh, "en": module.title_en}[language]
     if name in found:
         run = found[name][0]
         checks = f"{len(run.with_status('pass'))}/{len(run.checks)}"
-        return f"[{name}.md]({name}.md) | `{run.summary['run_id']}` | {run.summary['status']} | {checks}"
+        return f"[{title}]({name}.md) | `{run.summary['run_id']}` | {run.summary['status']} | {checks}"
     if brief.load(name) is None:
         return f"{WORDS['no_brief'][language]} | | |"
     command = f"python run.py --module {name} --toy"
@@ -80,11 +96,14 @@ def html(found: dict[str, tuple[Run, str]], index_page: str, language: str) -> s
 
     render = MarkdownIt("commonmark", {"html": False}).enable("table").render
     body = render(index_page.replace(WORDS["print"][language], ""))
+    sources = f"<h2>{brief.HEADINGS['sources'][language]}</h2>\n<ul"
     for name, (_, page) in found.items():
         body = body.replace(f'href="{name}.md"', f'href="#{name}"')
-        body += f'<section id="{name}">\n{render(page)}</section>\n'
+        content = render(page).replace(sources, f'{sources} class="sources"')
+        body += f'<section id="{name}">\n{content}</section>\n'
     title = escape(WORDS["title"][language])
-    head = f'<meta charset="utf-8">\n<title>{title}</title>\n<style>{STYLE}</style>'
+    head = '<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+    head += f"<title>{title}</title>\n<style>{STYLE}</style>"
     return f'<!doctype html>\n<html lang="{language}">\n<head>\n{head}\n</head>\n<body>\n{body}</body>\n</html>\n'
 
 

@@ -115,7 +115,7 @@ class Task:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         function = getattr(self._module, name, None)
         if not callable(function):
-            raise Unwritten(f"there is no function `{name}` in it")
+            raise Unwritten(f"def {name}(...)")
 
         def call(**inputs: Any) -> Any:
             before = {key: value._version for key, value in inputs.items() if hasattr(value, "_version")}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,9 @@ from llmcore_hf.learning.texts import Text, read_yaml
 
 LEVELS = (1, 2, 3, 4, 5)
 LETTERS = "ABCDEFGH"
+THOUSANDS = re.compile(
+    r"[+-]?[1-9]\d{0,2}(,\d{3})+(?!\d|,)"
+)  # a comma elsewhere may be a decimal one: it is not guessed at
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,7 @@ def grade(item: Item, answer: str, language: str, shown: Sequence[int] | None = 
         Unreadable: the answer has not the form that the item asks for.
     """
     order = list(shown if shown is not None else range(len(item.choices)))
+    answer = unicodedata.normalize("NFKC", answer)  # a Chinese keyboard also writes Ａ and ０．５
     if item.type == "numeric":
         return _grade_number(item, answer, language)
     if item.type == "short":
@@ -149,12 +153,13 @@ def _letters(item: Item, answer: str) -> list[str]:
 
 def _grade_number(item: Item, answer: str, language: str) -> Verdict:
     assert item.answer is not None
-    text = answer.strip().replace("−", "-").replace(",", "")
+    text = answer.strip().replace("−", "-")
+    text = text.replace(",", "") if THOUSANDS.match(text) else text
     try:
         number = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
         raise Unreadable("0.693, -13, 1e-3, 50%") from None
-    right = math.isfinite(number) and abs(number - item.answer) <= max(item.tolerance, 1e-9 * abs(item.answer))
+    right = abs(number - item.answer) <= max(item.tolerance, 1e-9 * abs(item.answer))  # never true of nan and inf
     hit = [trap for trap in item.traps if abs(number - trap["value"]) <= item.tolerance]
     return Verdict(right, [f"{number:g}: {trap[f'why_{language}']}" for trap in hit if not right])
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from llmcore_hf import registry
 from llmcore_hf.durability import write_atomically
 from llmcore_hf.errors import ConfigError, UserError
-from llmcore_hf.learning import evidence, exercise, items, plan, quiz, state
+from llmcore_hf.learning import bugzoo, evidence, exercise, items, plan, quiz, state
 from llmcore_hf.learning.evidence import SUMMARY, Run
 from llmcore_hf.learning.texts import Parser
 
@@ -24,8 +24,13 @@ WORDS = {
         "zh": "| Level | 运行 | 测验 | 手撕 | 结果 |",
         "en": "| Level | Runs | Quiz | Exercises | Result |",
     },
+    "zoo": {
+        "zh": "找错题：{n} 种错误里认出 {found} 种，答错过 {missed} 种（`python scripts/bugzoo.py --list`）",
+        "en": "Bug zoo: {found} of {n} bugs recognized, {missed} missed so far (`python scripts/bugzoo.py --list`)",
+    },
     "passed": {"zh": "**通过**", "en": "**passed**"},
     "lacks": {"zh": "还差：{what}", "en": "lacks: {what}"},
+    "and": {"zh": "；", "en": "; "},
     "planned": {"zh": "模块尚未加入", "en": "module not there yet"},
     "no_run": {"zh": "还没有运行", "en": "no run yet"},
     "not_passed": {"zh": "（不算）", "en": " (does not count)"},
@@ -111,6 +116,7 @@ class LevelProgress:
 class Progress:
     runs: dict[str, Run | None]  # every module of the registry and of the plan
     levels: list[LevelProgress]
+    bugs: dict[str, str]  # bug -> whether it was recognized, as `bugzoo.standing` says
 
 
 def collect() -> Progress:
@@ -133,7 +139,7 @@ def collect() -> Progress:
                 {name: name in passed for name, at in exercises().items() if at == level.level},
             )
         )
-    return Progress(runs, levels)
+    return Progress(runs, levels, bugzoo.standing(kept["answers"]))
 
 
 def report(progress: Progress, language: str) -> str:
@@ -148,6 +154,7 @@ def report(progress: Progress, language: str) -> str:
     lines = [WORDS["title"][language], "", WORDS["days"][language], "| --- | --- | --- | --- | --- |", *rows]
     lines += ["", WORDS["levels"][language], "| --- | --- | --- | --- | --- |"]
     lines += [_level_row(level, language) for level in progress.levels]
+    lines += ["", _zoo_line(progress.bugs, language)]
     if command := _next_command(progress):
         lines += ["", WORDS["next"][language].format(command=command)]
     return "\n".join(lines) + "\n"
@@ -169,7 +176,7 @@ def _level_row(level: LevelProgress, language: str) -> str:
     result = (
         WORDS["passed"][language]
         if level.passed
-        else WORDS["lacks"][language].format(what="; ".join(level.lacks(language)))
+        else WORDS["lacks"][language].format(what=WORDS["and"][language].join(level.lacks(language)))
     )
     return (
         f"| {level.level} | {n_runs}/{len(level.runs)} | {level.quiz_right}/{level.quiz_all} "
@@ -177,8 +184,13 @@ def _level_row(level: LevelProgress, language: str) -> str:
     )
 
 
+def _zoo_line(bugs: dict[str, str], language: str) -> str:
+    words = list(bugs.values())
+    return WORDS["zoo"][language].format(n=len(words), found=words.count("found"), missed=words.count("missed"))
+
+
 def _next_command(progress: Progress) -> str | None:
-    """The first thing that can be done for the first level that is not passed."""
+    """The first thing that can be done for the first level that is not passed; after the last one, the bug zoo."""
     for level in progress.levels:
         for name, run in level.runs.items():
             if plan.find(name) and not proven(run):
@@ -187,6 +199,8 @@ def _next_command(progress: Progress) -> str | None:
             return f"python scripts/quiz.py --level {level.level}"
         if missing := [name for name, passed in level.exercises.items() if not passed]:
             return f"python scripts/exercise.py show {missing[0]}"
+    if set(progress.bugs.values()) != {"found"}:
+        return "python scripts/bugzoo.py"
     return None
 
 

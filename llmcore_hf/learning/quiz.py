@@ -155,7 +155,12 @@ def main(argv: list[str]) -> int:
     if args.export is not None:
         from llmcore_hf.learning.quiz_export import export
 
-        chosen = _chosen(args.level, args.module, language=args.lang) or items.all_items()
+        if args.review or args.count is not None or args.seed is not None:
+            raise ConfigError(
+                ["--export writes all items of a --level, of a --module, or of the quiz: no other option"]
+            )
+        some = args.level or args.module
+        chosen = _chosen(args.level, args.module, language=args.lang) if some else items.all_items()
         for path in export(chosen, Path(args.export), args.lang):
             print(path)
         return 0

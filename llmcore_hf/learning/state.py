@@ -93,7 +93,7 @@ def _load(file: Path) -> dict[str, Any]:
         return _empty()
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(state, dict) and isinstance(state.get("schema_version"), int):
+        if isinstance(state, dict) and isinstance(state.get("schema_version"), int) and state["schema_version"] > 0:
             if state["schema_version"] > SCHEMA_VERSION:
                 raise UserError(
                     f"{file} was written by a newer version of this program: update it, or name another file"
@@ -101,16 +101,19 @@ def _load(file: Path) -> dict[str, Any]:
             _check(state)
             return dict(state)
         raise ValueError("it has no schema_version")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         _put_aside(file, error)
         return _empty()
 
 
 def _check(state: dict[str, Any]) -> None:
+    if not (isinstance(state["answers"], list) and isinstance(state["exercises"], dict)):
+        raise ValueError("answers is no list, or exercises no mapping")
     for answer in state["answers"]:
         if not (isinstance(answer["item"], str) and isinstance(answer["right"], bool)):
             raise ValueError("an answer is not of the form {item, right, at}")
-        datetime.fromisoformat(answer["at"])
+        if datetime.fromisoformat(answer["at"]).tzinfo is None:
+            raise ValueError("the time of an answer has no time zone")
     for result in state["exercises"].values():
         if not isinstance(result["passed"], bool):
             raise ValueError("the result of an exercise is not of the form {passed, at}")

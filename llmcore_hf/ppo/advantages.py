@@ -69,6 +69,22 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, bootstrap: Tensor, gamma:
     return advantages
 
 
+def implied_reward(
+    advantages: Tensor, values: Tensor, mask: Tensor, bootstrap: Tensor, gamma: float, lam: float
+) -> Tensor:
+    """(B,) sum of the token rewards of which `gae` makes these advantages: its inverse, to check a rollout by.
+
+        r_t = A_t - gamma lambda A_{t+1} + V(s_t) - gamma V(s_{t+1})
+
+    Args: as for `gae`; advantages and values are 0 on padding.
+    """
+    following_advantages, following_values = (torch.nn.functional.pad(x, (0, 1))[:, 1:] for x in (advantages, values))
+    last = mask.sum(1, keepdim=True).long() - 1  # (B, 1)
+    following_values = following_values.scatter(1, last, bootstrap.unsqueeze(1).to(values.dtype))
+    rewards = advantages - gamma * lam * following_advantages + values - gamma * following_values
+    return torch.where(mask > 0, rewards, 0.0).sum(1)
+
+
 def masked_mean(values: Tensor, mask: Tensor, reduce: Reduce | None = None) -> Tensor:
     """Mean over the tokens under the mask; with `reduce`, over those of all processes.
 

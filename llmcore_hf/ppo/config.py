@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from transformers import TrainingArguments
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -157,10 +157,21 @@ class PPOConfig(TrainingArguments):
             )
         if self.total_episodes is not None and self.max_steps > 0:
             problems.append("total_episodes and max_steps exclude each other: give one of them")
-        misaligned = self.save_steps % self.steps_per_rollout if self.steps_per_rollout > 0 else 0
-        if self.save_strategy == SaveStrategy.STEPS and (self.save_steps < 1 or misaligned):
-            problems.append(
-                f"save_steps {self.save_steps}: a checkpoint can be resumed exactly only between two rollouts: use a "
-                f"multiple of num_ppo_epochs * num_mini_batches = {self.steps_per_rollout}"
-            )
+        if problem := self._checkpoint_within_a_rollout():
+            problems.append(problem)
         return problems
+
+    def _checkpoint_within_a_rollout(self) -> str | None:
+        """An epoch of prompts ends with a whole rollout; a number of steps need not."""
+        period = self.steps_per_rollout
+        name = {SaveStrategy.STEPS: "save_steps", SaveStrategy.BEST: "eval_steps"}.get(SaveStrategy(self.save_strategy))
+        if name is None or period < 1 or (name == "eval_steps" and self.eval_strategy != IntervalStrategy.STEPS):
+            return None
+        steps = getattr(self, name)
+        if steps >= 1 and steps % period == 0:
+            return None
+        nearest = sorted({max(int(steps // period), 1) * period, int(steps // period + 1) * period})
+        return (
+            f"{name} {steps}: a checkpoint can be resumed exactly only between two rollouts: use a multiple of "
+            f"num_ppo_epochs * num_mini_batches = {period}, such as {' or '.join(map(str, nearest))}"
+        )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,8 @@ Text = str | list[dict[str, Any]]  # plain text, or the turns of a conversation
 RewardFunc = Callable[..., Sequence[float | None]]
 # Columns of these names would collide with what every function gets, or pass for it.
 GIVEN = ("trainer_state", "log_metric", "log_extra")  # what TRL gives to functions besides texts and columns
+# Names that any run may have: of its folder, of a checkpoint or a part in it.
+SAYS_NOTHING = re.compile(r"latest|last|best|final|merged|model|output|checkpoint[-_]?\d*|\d{8}-\d{6}.*", re.IGNORECASE)
 OWN_ARGUMENTS = ("prompts", "completion", "completions", "completion_ids", *GIVEN)
 
 
@@ -103,7 +107,7 @@ class Scorer:
             if value is not None and not _is_finite_number(value):
                 raise RewardError(
                     f"reward function `{self.name}` returned {value!r} for sample {i} of {batch.name}: a reward is a finite "
-                    f"number, or None where the function does not apply. {_shown(batch, i)}"
+                    f"number, or None where the function does not apply. {shown(batch, i)}"
                 )
         return torch.tensor([math.nan if value is None else float(value) for value in values], dtype=torch.float32)
 
@@ -124,7 +128,7 @@ class Scorer:
         if not scores.isfinite().all():
             i = int((~scores.isfinite()).nonzero()[0])
             raise RewardError(
-                f"reward model `{self.name}` gave {scores[i]} to sample {i} of {batch.name}. {_shown(batch, i)}"
+                f"reward model `{self.name}` gave {scores[i]} to sample {i} of {batch.name}. {shown(batch, i)}"
             )
         return scores
 
@@ -150,7 +154,8 @@ def _is_finite_number(value: Any) -> bool:
         return False
 
 
-def _shown(batch: Batch, i: int) -> str:
+def shown(batch: Batch, i: int) -> str:
+    """Prompt and completion of sample i, for a message."""
     prompt, completion = (
         text if isinstance(text, str) else text[-1].get("content") for text in (batch.prompts[i], batch.completions[i])
     )
@@ -200,7 +205,19 @@ def _make_scorer(func: Any, weight: float, tokenizer: PreTrainedTokenizerBase | 
         tokenizer.pad_token = tokenizer.eos_token
     func.config.pad_token_id = tokenizer.pad_token_id  # the classifier finds the last token with it
     func.eval().requires_grad_(False)
-    return Scorer(path.rstrip("/").split("/")[-1] or type(func).__name__, func, weight, tokenizer)
+    return Scorer(name_of_model(path) or type(func).__name__, func, weight, tokenizer)
+
+
+def name_of_model(path: str) -> str:
+    """What a reward model is called in logs: the last part of its id or path, and those before it until one says whose it is.
+
+    `runs/helpful/checkpoint-100` is `helpful-checkpoint-100`, and the run `output/reward/latest` is `reward-latest`.
+    """
+    if path and Path(path).expanduser().is_dir():
+        path = os.path.abspath(Path(path).expanduser())  # `.` has no name, and the target of a link another one
+    parts = [part for part in path.split("/") if part]
+    told = next((i for i in reversed(range(len(parts))) if not SAYS_NOTHING.fullmatch(parts[i])), 0)
+    return "-".join(parts[told:])
 
 
 def load_reward_model(path: str, **options: Any) -> PreTrainedModel:
@@ -235,5 +252,5 @@ def total(rewards: Tensor, weights: Tensor, batch: Batch) -> Tensor:
     silent = rewards.isnan().all(1)
     if silent.any():
         i = int(silent.nonzero()[0])
-        raise RewardError(f"every reward function returned None for sample {i} of {batch.name}. {_shown(batch, i)}")
+        raise RewardError(f"every reward function returned None for sample {i} of {batch.name}. {shown(batch, i)}")
     return (rewards * weights).nansum(1)

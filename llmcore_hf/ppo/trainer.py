@@ -29,8 +29,10 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainerControl,
+    TrainerState,
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from trl import is_conversational
 from trl.models import prepare_deepspeed, unwrap_model_for_generation
@@ -42,12 +44,14 @@ from trl.trainer.utils import (
 )
 
 from llmcore_hf.durability import write_atomically
+from llmcore_hf.errors import UserError
 from llmcore_hf.models.loading import stop_ids
 from llmcore_hf.ppo import losses
 from llmcore_hf.ppo.advantages import (
     AdaptiveKLController,
     FixedKLController,
     gae,
+    implied_reward,
     kl_k1,
     kl_k3,
     masked_mean,
@@ -57,6 +61,7 @@ from llmcore_hf.ppo.advantages import (
 from llmcore_hf.ppo.config import PPOConfig
 from llmcore_hf.ppo.model import (
     HEADS,
+    VALUE_FOLDER,
     PolicyAndValue,
     SeparateModels,
     SharedBackbone,
@@ -72,6 +77,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 STATE_FILE = "ppo_state.json"  # what a resumed run needs besides what the Trainer saves
+
+
+class ResumeError(UserError):
+    """Training can't go on from a checkpoint with the options that were given."""
 
 
 class PPOTrainer(Trainer):
@@ -139,6 +148,8 @@ class PPOTrainer(Trainer):
             raise ValueError(
                 "the tokenizer has no padding token: set one that is not the end token, or the policy never learns to stop"
             )
+        for name, dataset in _datasets(train_dataset, eval_dataset):
+            _check_prompts(name, dataset, processing_class)
         self.scorers = make_scorers(reward_funcs, args.reward_weights, reward_processing_classes)
         self.ref_model = _reference(model, ref_model, peft_config, args, load)
         both = _policy_and_value(model, value_model, peft_config, args, load)
@@ -217,13 +228,20 @@ class PPOTrainer(Trainer):
         return DataLoader(self.train_dataset, batch_sampler=self._sampler, collate_fn=identity)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train; `resume_from_checkpoint` as in the Trainer. Critic and KL coefficient come back as well."""
+        """Train; `resume_from_checkpoint` as in the Trainer. Critic and KL coefficient come back as well.
+
+        Raises:
+            ResumeError: the checkpoint stands within a rollout.
+        """
         found = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
         self._episodes = 0
         if found:
             self._load_state(Path(found))
         self._began, self._episodes_before = time.perf_counter(), self._episodes
-        return super().train(resume_from_checkpoint=found or None, **kwargs)
+        output = super().train(resume_from_checkpoint=found or None, **kwargs)
+        if self.args.load_best_model_at_end and (best := self.state.best_model_checkpoint):
+            self._load_critic(Path(best))  # the Trainer has brought back the policy alone
+        return output
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's optimizer over all that is trained, also when the model was used before `train`."""
@@ -335,12 +353,16 @@ class PPOTrainer(Trainer):
         advantages = gae(rewards, values, mask, bootstrap, args.gamma, args.lam)
         returns = advantages + values
         penalty = self.kl_controller.value * kl.sum(1)
+        rlhf_reward = adjusted - penalty
+        if not args.whiten_rewards:
+            found = implied_reward(advantages, values, mask, bootstrap, args.gamma, args.lam)
+            measured["val/reward_off"] = (found - rlhf_reward).abs() / (1 + rlhf_reward.abs())
         self._log_rollout(
             {
                 **measured,
                 "objective/entropy": -logprobs.sum(1),
                 "objective/non_score_reward": -penalty,
-                "objective/rlhf_reward": adjusted - penalty,
+                "objective/rlhf_reward": rlhf_reward,
                 "objective/scores": score,
                 "completions/mean_length": mask.sum(1).float(),
                 "completions/eos_rate": ended.float(),
@@ -418,7 +440,7 @@ class PPOTrainer(Trainer):
         values = torch.zeros(n, t + 1, device=device)
         model = self.accelerator.unwrap_model(self.model_wrapped)
         with self.accelerator.autocast():  # in the precision of the update, or the first ratio is not 1
-            for rows in sequences.by_similar_length(self.args.local_rollout_forward_batch_size):
+            for rows in self._groups(sequences):
                 inputs, own = sequences.select(rows)
                 mask = sequences.mask[rows, :own]
                 found, entropy = model.logprobs(**inputs, with_entropy=True)
@@ -430,6 +452,14 @@ class PPOTrainer(Trainer):
         if not self.kl_controller.value:
             ref_logprobs = logprobs
         return logprobs, entropies, ref_logprobs, values
+
+    def _groups(self, sequences: Sequences) -> Iterator[Tensor]:
+        """Rows for one forward pass each. The layers of a sharded model are gathered by all processes together, so there
+        each makes as many passes as the others."""
+        size = self.args.local_rollout_forward_batch_size
+        if is_deepspeed_zero3_enabled() or self.is_fsdp_enabled:
+            return sequences.by_length(torch.arange(len(sequences.mask), device=sequences.mask.device), size)
+        return sequences.by_similar_length(size)
 
     def _ref_logprobs(self, model: PolicyAndValue, inputs: dict[str, Any]) -> Tensor:
         how: dict[str, Any] = {"temperature": model.temperature, "keeps_logits": model.keeps_logits}
@@ -569,10 +599,26 @@ class PPOTrainer(Trainer):
 
     def _load_state(self, checkpoint: Path) -> None:
         """What the Trainer does not bring back by itself: the critic's weights, the KL coefficient, the completions so far."""
-        if not self.is_deepspeed_enabled:  # whose engine loads all weights itself
-            self.model.load_critic(checkpoint)
+        self._check_place(checkpoint)
+        self._load_critic(checkpoint)
         state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
         self.kl_controller.value, self._episodes = state["kl_coef"], state["episode"]
+
+    def _load_critic(self, checkpoint: Path) -> None:
+        if not self.is_deepspeed_enabled:  # whose engine loads all weights itself
+            self.model.load_critic(checkpoint)
+
+    def _check_place(self, checkpoint: Path) -> None:
+        """Raises `ResumeError` when the rollout that the checkpoint was trained on is not over: it is not saved."""
+        step = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step
+        args, whole = self.args, self.args.steps_per_rollout
+        if step % whole and not args.ignore_data_skip:
+            raise ResumeError(
+                f"{checkpoint} was written after {step} optimizer steps, which is no multiple of num_ppo_epochs * "
+                f"num_mini_batches = {args.num_ppo_epochs} * {args.num_mini_batches}: it would stand within a rollout, and "
+                "training goes on between two alone. Give the num_ppo_epochs and num_mini_batches of the run that wrote it, "
+                f"or a checkpoint after a multiple of {whole} steps"
+            )
 
 
 class _StateCallback(TrainerCallback):
@@ -615,6 +661,15 @@ def _check_columns(name: str, dataset: Any) -> None:
         raise ValueError(f"{name}: rename column {', '.join(taken)}: reward functions get an argument of that name")
 
 
+def _check_prompts(name: str, dataset: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises `ValueError` for a prompt without tokens: nothing would be there to predict an answer from."""
+    prompts = dataset["prompt"] if hasattr(dataset, "column_names") else (row["prompt"] for row in dataset)
+    for row, prompt in enumerate(prompts):
+        blank = not prompt.strip() if isinstance(prompt, str) else not prompt
+        if blank and not (isinstance(prompt, str) and tokenizer(prompt)["input_ids"]):
+            raise ValueError(f"{name}, row {row}: the prompt is empty: fill it in, or remove the row")
+
+
 Load = Callable[..., PreTrainedModel]
 
 
@@ -641,8 +696,8 @@ def _loaded_again(load: Load | None, name: str, **options: Any) -> PreTrainedMod
 def _policy_and_value(
     model: Any, value_model: Any, peft_config: Any, args: PPOConfig, load: Load | None
 ) -> PolicyAndValue:
-    if isinstance(value_model, str):
-        value_model = AutoModelForTokenClassification.from_pretrained(value_model, num_labels=1)
+    if value_model is not None:
+        value_model = _as_critic(value_model)
     if peft_config is None:
         return SeparateModels(model, value_model or _copy_as_critic(model, load), args.temperature)
     from peft import get_peft_model
@@ -663,6 +718,30 @@ def _policy_and_value(
     return SeparateModels(
         get_peft_model(model, copy.deepcopy(peft_config)), get_peft_model(critic, config), args.temperature
     )
+
+
+def _as_critic(value_model: str | PreTrainedModel) -> PreTrainedModel:
+    """A critic that the user gives, loaded if it is an id or path.
+
+    Raises:
+        ValueError: it does not give one value per token; in a language model the head for it would be a random one.
+    """
+    needed = (
+        "a value_model is a token classifier with one label, as AutoModelForTokenClassification.from_pretrained(..., "
+        f"num_labels=1) loads it from the `{VALUE_FOLDER}` of an earlier run or from a reward model"
+    )
+    if isinstance(value_model, str):
+        path = value_model
+        value_model, found = AutoModelForTokenClassification.from_pretrained(
+            path, num_labels=1, output_loading_info=True
+        )
+        if missing := sorted({f"{head}.weight" for head in HEADS} & set(found["missing_keys"])):
+            raise ValueError(f"{needed}; {path} has no weights for {', '.join(missing)}")
+    if not type(value_model).__name__.endswith("ForTokenClassification"):
+        raise ValueError(f"{needed}; not a {type(value_model).__name__}")
+    if value_model.config.num_labels != 1:
+        raise ValueError(f"{needed}; this one has {value_model.config.num_labels} labels")
+    return value_model
 
 
 def _copy_as_critic(policy: PreTrainedModel, load: Load | None) -> PreTrainedModel:
