@@ -259,7 +259,7 @@ def rounding_check(found: Findings) -> Check:
         "mixed_precision.gradients_are_wrong_by_a_few_roundings",
         "invariant",
         all(value <= ROUNDINGS for value in worst.values()),
-        {regime.name: f"{value:.2f} eps" for regime, value in worst.items()},
+        {f"{regime.name}, in eps": value for regime, value in worst.items()},
         f"relative error of the gradient, at the same weights and batch, at most {ROUNDINGS} eps of the products' format",
         "矩阵乘法的误差只是几次舍入：bfloat16 约 0.5%，float16 约 0.07%，与梯度的噪声相比很小。",
         "Products of matrices are wrong by a few roundings: about 0.5 % in bfloat16, 0.07 % in float16, little beside the noise "
@@ -290,10 +290,12 @@ def window_check(found: Findings) -> Check:
         "invariant",
         best is not None and best["error"] <= ROUNDINGS * eps and first["underflow"] > 0.1 and last["error"] is None,
         {
-            f"vanished at {first['scale']:g}": first["underflow"],
+            "smallest scale": first["scale"],
+            "share that vanished": first["underflow"],
             "best scale": best and best["scale"],
             "its error": best and best["error"],
-            f"overflow at {last['scale']:g}": last["error"] is None,
+            "largest scale": last["scale"],
+            "overflowed": last["error"] is None,
         },
         f"more than 10 % of the gradient vanish at {first['scale']:g}, {last['scale']:g} overflows, and between them the error is "
         f"at most {ROUNDINGS} eps",
@@ -340,6 +342,8 @@ def memory_check(found: Findings, n_parameters: int) -> Check:
         not wrong,
         {
             **{t.regime.name: sum(t.n_bytes.values()) / n_parameters for t in found.trajectories},
+            "activations, bf16 autocast / fp32": found.of("bf16 autocast").activation_bytes
+            / found.of("fp32").activation_bytes,
             "differences": "; ".join(wrong) or "none",
         },
         "bytes of parameters, gradients, float32 copy and moments: exactly the formula",
@@ -352,7 +356,8 @@ def memory_check(found: Findings, n_parameters: int) -> Check:
 def learning_checks(found: Findings) -> list[Check]:
     first, last = found.reference.losses[0], found.reference.losses[-1]
     apart = {t.regime.name: found.losses_apart(t)[-1] for t in found.trajectories}
-    copy, none = (found.weights_apart(found.of(name))[-1] or 0.0 for name in ("bf16 + master", "bf16 weights"))
+    names = ("bf16 + master", "bf16 weights")
+    copy, none = (found.weights_apart(found.of(name))[-1] or 0.0 for name in names)
     return [
         Check(
             "mixed_precision.loss_fell_alike",
@@ -368,7 +373,11 @@ def learning_checks(found: Findings) -> list[Check]:
             "mixed_precision.master_weights_stay_closer",
             "learning",
             copy < none,
-            {"with a float32 copy": copy, "bfloat16 alone": none},
+            {
+                "with a float32 copy": copy,
+                "bfloat16 alone": none,
+                **{f"updates lost in the last step, {name}": found.of(name).steps[-1].lost_updates for name in names},
+            },
             "with a float32 copy the final weights are closer to those of float64",
             "矩阵乘法同样是 bfloat16，只差更新加在哪里：没有 float32 副本，被舍掉的更新越积越多。",
             "The products are bfloat16 in both; where updates are added makes the difference: without a float32 copy what is "
