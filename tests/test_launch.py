@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -9,11 +10,13 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from llmcore_hf import cli, distributed, environment, launch
@@ -425,11 +428,14 @@ def test_deepspeed_configurations_become_what_their_names_say(name: str, stage: 
 SHORT = ["--max_steps", "4", "--logging_steps", "1", "--max_eval_samples", "21", "--max_generation_samples", "5"]
 
 
-def start(folder: Path, module: str, name: str, batch_size: int, *before: str) -> subprocess.Popen[str]:
-    """A short run as an installed user starts it; `before` goes in front of `--module`."""
+def start(
+    folder: Path, module: str, name: str, batch_size: int, *before: str, **variables: str
+) -> subprocess.Popen[str]:
+    """A short run as an installed user starts it; `before` goes in front of `--module`, `variables` into the environment."""
     options = ["--module", module, "--toy", *SHORT, "--per_device_train_batch_size", str(batch_size)]
     command = [sys.executable, "-m", "llmcore_hf", *before, *options, "--output_dir", name]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    paths = [variables.pop("PYTHONPATH", ""), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **variables}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=folder, env=env, **pipes)
 
@@ -489,9 +495,42 @@ def test_two_launchers_are_one_job_that_equals_one_process(tmp_path: Path, alone
 def test_sharded_over_two_processes_a_run_equals_one_process(
     tmp_path: Path, alone: Callable[[str], Path], module: str, config: str
 ) -> None:
+    """On a machine without a compiler, and where a build that was killed left its lock: nothing is built."""
     pytest.importorskip("deepspeed")
+    built = tmp_path / "extensions"
+    (built / "deepspeed_shm_comm").mkdir(parents=True)
+    (built / "deepspeed_shm_comm" / "lock").touch()
+    machine = {"PATH": str(tmp_path / "empty"), "CXX": "/nowhere/g++", "TORCH_EXTENSIONS_DIR": str(built)}
     launcher = ["launch", "--accelerate_config", config]
-    output = start(tmp_path, module, "two", 16, *launcher).communicate(timeout=400)[0]
+    output = start(tmp_path, module, "two", 16, *launcher, **machine).communicate(timeout=400)[0]
     assert_equal_runs(tmp_path / "two", alone(module), output)
     env = json.loads((tmp_path / "two" / "summary.json").read_text())["env"]
     assert (env["world_size"], env["distributed"]) == (2, "deepspeed")
+    assert [path.name for path in built.rglob("*")] == ["deepspeed_shm_comm", "lock"]
+
+
+DIES = """
+import os
+import time
+if os.environ.get("RANK") == "1":
+    time.sleep(1)  # long enough to be seen
+    os._exit(3)
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_at_the_start_ends_the_job(tmp_path: Path) -> None:
+    """Process 1 ends before it meets the other one, which would wait for it."""
+    (tmp_path / "sitecustomize.py").write_text(DIES)
+    began = time.monotonic()
+    job = start(tmp_path, "sft", "two", 16, "launch", "--accelerate_config", "cpu_2", PYTHONPATH=str(tmp_path))
+    workers: set[psutil.Process] = set()
+    while job.poll() is None:
+        assert time.monotonic() - began < 120, "the job did not end"
+        with contextlib.suppress(psutil.NoSuchProcess):
+            workers |= set(psutil.Process(job.pid).children(recursive=True))
+        time.sleep(0.2)
+    output = job.communicate()[0]
+    assert job.returncode != 0 and "exitcode  : 3" in output and "rank      : 1" in output
+    assert workers and not psutil.wait_procs(workers, timeout=10)[1]
+    assert not (tmp_path / "two" / "model.safetensors").exists()
