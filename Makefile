@@ -17,7 +17,7 @@ STAMPS := $(VENV)/.stamps
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast lint format seeds bench bench-rl bench-ppo closed-form torture bugzoo clean
+.PHONY: help demo test test-fast lint format seeds bench bench-rl bench-ppo bench-vlm closed-form torture bugzoo clean
 
 help:  ## list the targets
 	@echo "make <target>, where target is one of"
@@ -54,6 +54,9 @@ bench-rl: $(STAMPS)/base  ## compare the RL lessons with quantecon, torchrl and 
 
 bench-ppo: $(STAMPS)/base  ## compare PPOTrainer with TRL 1.12's: speed, reward, memory
 	$(PY) benchmarks/ppo.py
+
+bench-vlm: $(STAMPS)/base  ## time the vision modules against plain loops; what BLIP-2's first stage buys
+	OMP_NUM_THREADS=1 $(PY) benchmarks/vlm.py
 
 bugzoo: $(STAMPS)/base  ## run every bug of the bug zoo and see that its marks tell it from a healthy run
 	$(PY) benchmarks/bugzoo.py --seeds $(SEEDS)

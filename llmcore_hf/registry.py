@@ -112,6 +112,15 @@ MODULES = (
         "Flamingo: gated cross-attention and few-shot",
         "llmcore_hf.vlm.flamingo",
     ),
+    Module(
+        "vlm",
+        13,
+        5,
+        "三种视觉语言架构的对比：LLaVA、BLIP-2、Flamingo",
+        "Three vision-language architectures side by side",
+        "llmcore_hf.vlm.compare",
+        stages=("llava", "blip2", "flamingo"),
+    ),
     Module("cql", 10, 4, "离线强化学习：保守 Q 学习 CQL", "Offline RL: conservative Q-learning"),
     Module("bcq", 11, 4, "离线强化学习：批约束 Q 学习 BCQ", "Offline RL: batch-constrained Q-learning"),
     Module(

@@ -328,7 +328,6 @@ def test_a_run_may_be_named_and_the_brief_saved(folder: Path, capsys: pytest.Cap
         (["--module", "dpo"], 1, "python run.py --module dpo --toy"),
         (["--module", "dpo", "--lang", "en"], 1, "there is no run of dpo"),
         (["--module", "dqo"], 2, "Did you mean `dpo`?"),
-        (["--module", "vlm"], 1, "planned, but not there yet"),
         (["--module", "dpo", "--run", "nowhere"], 1, "holds no summary.json"),
         (["--module", "sft", "--run", str(RUNS / "dpo")], 1, "is a run of `dpo`, not of `sft`"),
         ([], 2, "--module"),
@@ -348,6 +347,15 @@ def test_what_is_wrong_is_said_in_one_message(
     captured = capsys.readouterr()
     assert said in captured.err and captured.out == ""
     assert not list(folder.iterdir())
+
+
+def test_a_planned_module_is_told_from_a_mistyped_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = tuple(module for module in registry.MODULES if module.name != "vlm")
+    monkeypatch.setattr(registry, "MODULES", there)
+    assert cli.main(["brief", "--module", "vlm"]) == 1
+    assert "`vlm` (level 5) is planned, but not there yet" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

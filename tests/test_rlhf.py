@@ -152,7 +152,7 @@ def stages(
             run.stop.signal = signal.SIGTERM
         return int(ends != "ok")
 
-    monkeypatch.setattr(rlhf, "carry_out", carry_out)
+    monkeypatch.setattr("llmcore_hf.stages.carry_out", carry_out)
     run: Any = SimpleNamespace(path=tmp_path, command="the command", stop=SimpleNamespace(signal=None))
     return run, begun
 

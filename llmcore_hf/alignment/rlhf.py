@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from llmcore_hf import distributed, registry
+from llmcore_hf import distributed, registry, stages
 from llmcore_hf.checks import Check
 from llmcore_hf.config import Config, RunArguments, resolve_mapping
 from llmcore_hf.curves import HELD_OUT, REJECTED, TRAIN, Line, Panel, draw
-from llmcore_hf.durability import Interrupted, last_complete
-from llmcore_hf.errors import ConfigError, UserError
+from llmcore_hf.errors import ConfigError
 from llmcore_hf.models.tiny import TINY_MODELS
-from llmcore_hf.run_dir import Diverged, RunDirectory, carry_out, is_metric
+from llmcore_hf.run_dir import RunDirectory
+from llmcore_hf.stages import as_check, merged_eval, read_summary, run_stage
 
 STAGES = ("sft", "reward", "ppo")
 # The gold reward may end this far below the best it has been, before it counts as over-optimization.
@@ -129,55 +129,6 @@ def run(config: Config, run_dir: RunDirectory) -> None:
     run_dir.write("training_curves.png", draw_curves(run_dir, gold))
 
 
-# ------------------------------------------------------------ one stage
-
-
-def run_stage(stage: str, config: Config, folder: Path, run_dir: RunDirectory) -> None:
-    """Run a stage to its end, from its last checkpoint when it has one; nothing when it has ended before.
-
-    Raises:
-        Interrupted, KeyboardInterrupt: the run was asked to stop.
-        Diverged: the stage diverged.
-        UserError: the stage failed; the message is the stage's own.
-    """
-    if distributed.broadcast(_has_ended(folder)):
-        _say(f"stage {stage}: done before ({folder})")
-        return
-    checkpoint = distributed.broadcast(last_complete(folder)[0] if folder.is_dir() else None)
-    if distributed.is_main_process():
-        if checkpoint is None:
-            shutil.rmtree(folder, ignore_errors=True)  # it had saved nothing yet
-        folder.mkdir(exist_ok=True)
-    _say(f"stage {stage}: " + (f"goes on from {checkpoint}" if checkpoint else "begins"))
-    stage_run = RunDirectory(folder, registry.get(stage), config, [])
-    stage_run.command = run_dir.command
-    if checkpoint:
-        stage_run.resume_from(checkpoint)
-    if carry_out(stage_run) == 0:
-        return
-    if stage_run.stop.requested:
-        run_dir.stop.signal = stage_run.stop.signal
-        saved = last_complete(folder)[0]
-        if saved:
-            raise Interrupted(int(saved.name.removeprefix("checkpoint-")), saved)
-        raise KeyboardInterrupt
-    summary = read_summary(folder)
-    message = f"stage {stage} {summary['status']}: {summary['error']} ({folder / 'summary.json'})"
-    raise (Diverged if summary["status"] == "diverged" else UserError)(message)
-
-
-def _has_ended(folder: Path) -> bool:
-    try:
-        return read_summary(folder)["status"] == "ok"
-    except (OSError, ValueError):
-        return False
-
-
-def read_summary(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    return found
-
-
 def whole_model(folder: Path) -> Path:
     """The model that the first stage saved; an adapter is merged into its base, once, as the next stages start from it."""
     if not (folder / "adapter_config.json").exists():
@@ -195,44 +146,11 @@ def whole_model(folder: Path) -> Path:
     return Path(distributed.broadcast(str(merged)))
 
 
-def _say(text: str) -> None:
-    if distributed.is_main_process():
-        print(text, flush=True)
-
-
 # ------------------------------------------------------------ what came out
 
 
 def merged_history(path: Path) -> list[dict[str, Any]]:
-    """What all stages logged about their methods; the steps go on, and each name begins with its stage."""
-    rows, offset = [], 0
-    for stage in STAGES:
-        lines = (path / stage / "log_history.jsonl").read_text(encoding="utf-8").splitlines()
-        found = [json.loads(line) for line in lines]
-        for row in found:
-            named = {f"{stage}/{name}": value for name, value in row.items() if is_metric(name)}
-            if named:
-                rows.append({"step": offset + row["step"], **named})
-        offset += max(row["step"] for row in found)
-    return rows
-
-
-def merged_eval(summaries: dict[str, Any]) -> dict[str, Any]:
-    """The `eval` blocks of all stages in one, each metric named after its stage."""
-    return {
-        part: {
-            f"{stage}/{name}": value
-            for stage in STAGES
-            for name, value in summaries[stage]["eval"].get(part, {}).items()
-        }
-        for part in ("before", "after", "delta", "ci95", "n")
-    }
-
-
-def as_check(found: dict[str, Any]) -> Check:
-    passed = {"pass": True, "skip": None}.get(found["status"], False)
-    values = {name: found[name] for name in ("id", "kind", "observed", "expected", "why_zh", "why_en")}
-    return Check(passed=passed, **values)
+    return stages.merged_history({stage: path / stage for stage in STAGES})
 
 
 def gold_reward(config: Config) -> str | None:

@@ -7,6 +7,7 @@ its place; `datasets` reads everything else. A .jsonl file is cut into shards at
 from __future__ import annotations
 
 import csv
+import functools
 import glob
 import hashlib
 import json
@@ -22,7 +23,7 @@ from llmcore_hf.data.toy import TOY_DATASETS
 from llmcore_hf.errors import UserError
 
 if TYPE_CHECKING:
-    from datasets import Dataset, Features, IterableDataset
+    from datasets import Dataset, DatasetDict, Features, IterableDataset
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 TEXT_BUILDERS = ("json", "csv")
@@ -112,6 +113,12 @@ def looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in BUILDERS
 
 
+@functools.cache
+def toy_dataset(name: str) -> DatasetDict:
+    """A toy dataset, made once in a process; images take seconds. Datasets do not change, they give others."""
+    return TOY_DATASETS[name]()
+
+
 def open_dataset(name: str, config_name: str | None = None, streaming: bool = False) -> dict[str, Source]:
     """The splits of the dataset `name`: a toy dataset, a file, a folder or a hub id.
 
@@ -119,7 +126,7 @@ def open_dataset(name: str, config_name: str | None = None, streaming: bool = Fa
         UserError: there is no such dataset, it is empty, or it cannot be read at all.
     """
     if name in TOY_DATASETS:
-        return _from_tables(TOY_DATASETS[name](), name)
+        return _from_tables(toy_dataset(name), name)
     path = Path(name).expanduser()
     try:
         name.encode()

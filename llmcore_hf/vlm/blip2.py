@@ -176,7 +176,7 @@ def export(model: Any, state: dict[str, torch.Tensor], cls: Any, folder: str) ->
 
 
 class Blip2(VisionLesson):
-    name, title, kinds, images_per_row = "blip2", "BLIP-2", ("blip-2",), 1
+    name, title, kinds, images_per_row, tower = "blip2", "BLIP-2", ("blip-2",), 1, TOWER
     default_template = QUESTION_TEMPLATE
     loss_title = "Loss: sum of three in stage 1, of the next token after it"
     panels = (

@@ -7,7 +7,7 @@ only as far as it exceeds that.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 BLIND = ("shuffled", "blank")
+KINDS = {"vqa_accuracy": False, "caption_accuracy": True}  # metric -> whether its rows are captions
 
 
 def blind(rows: Sequence[Row], how: str) -> list[Row]:
@@ -89,7 +90,8 @@ class HeldOut:
 
     @classmethod
     def of(cls, test: Dataset, hard: Dataset | None, n: int, max_new_tokens: int, batch_size: int) -> HeldOut:
-        return cls([*test.select(range(min(n, len(test))))], [*hard] if hard else [], max_new_tokens, batch_size)
+        rows, hard_rows = ([*split.select(range(min(n, len(split))))] if split else [] for split in (test, hard))
+        return cls(rows, hard_rows, max_new_tokens, batch_size)
 
     def ask(self, rows: list[Row], trainer: Trainer, job: VisionJob) -> Answers:
         """What the model answers to the rows."""
@@ -97,16 +99,20 @@ class HeldOut:
         return generate(model, job.processor, rows, self.max_new_tokens, self.batch_size, trainer.accelerator)
 
     def measure(self, trainer: Trainer, job: VisionJob) -> dict[str, list[float]]:
-        """Per metric one value for each of its rows. `vqa_accuracy/shuffled` and `/blank` are the blind baselines."""
+        """Per metric one value for each of its rows. `.../shuffled` and `.../blank` are the blind baselines."""
+        return self.measure_by(lambda rows: self.ask(rows, trainer, job))
 
-        answers = self.ask(self.rows, trainer, job)
+    def measure_by(self, ask: Callable[[list[Row]], Answers]) -> dict[str, list[float]]:
+        """The same of anything that answers rows."""
+        answers = ask(self.rows)
         self.answers = answers.texts
         metrics = _by_kind(self.rows, answers.texts)
-        questions = [row for row in self.rows if not is_caption(row)]
-        for how in BLIND:
-            metrics[f"vqa_accuracy/{how}"] = scores(questions, self.ask(blind(questions, how), trainer, job).texts)
+        for name, wanted in KINDS.items():
+            rows = [row for row in self.rows if is_caption(row) is wanted]
+            for how in BLIND if rows else ():
+                metrics[f"{name}/{how}"] = scores(rows, ask(blind(rows, how)).texts)
         if self.hard:
-            hard = _by_kind(self.hard, self.ask(self.hard, trainer, job).texts)
+            hard = _by_kind(self.hard, ask(self.hard).texts)
             metrics |= {f"hard/{name}": values for name, values in hard.items()}
         metrics["completions/terminated"] = [float(ended) for ended in answers.terminated]
         return metrics
@@ -124,8 +130,7 @@ def _by_kind(rows: Sequence[Row], answers: Sequence[str]) -> dict[str, list[floa
     """Accuracy of the answers to questions and, apart, of the descriptions."""
     all_scores = scores(rows, answers)
     captions = [is_caption(row) for row in rows]
-    kinds = {"vqa_accuracy": False, "caption_accuracy": True}
-    found = {name: [s for s, c in zip(all_scores, captions, strict=True) if c is kind] for name, kind in kinds.items()}
+    found = {name: [s for s, c in zip(all_scores, captions, strict=True) if c is kind] for name, kind in KINDS.items()}
     return {name: values for name, values in found.items() if values}
 
 

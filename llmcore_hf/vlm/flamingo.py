@@ -77,6 +77,10 @@ def check(config: Config) -> list[str]:
     return problems
 
 
+def learns(name: str) -> bool:
+    return name.startswith(NEW)
+
+
 class FlamingoTrainer(StagedTrainer):
     """transformers' Trainer, with a learning rate of their own for the gates, which it logs."""
 
@@ -105,7 +109,7 @@ class FlamingoTrainer(StagedTrainer):
 
 class Flamingo(VisionLesson):
     usage = f"import llmcore_hf.vlm.flamingo_model  # tells the Auto classes about Flamingo\n{USAGE}"
-    name, title, kinds = "flamingo", "Flamingo", (FlamingoConfig.model_type,)
+    name, title, kinds, tower = "flamingo", "Flamingo", (FlamingoConfig.model_type,), "vision_model"
     panels = (
         Panel(
             "Gates: mean |tanh|",
@@ -128,7 +132,9 @@ class Flamingo(VisionLesson):
             ),
         )
         trainer.gate_learning_rate = config.part(FlamingoArguments).gate_learning_rate
-        stage = Stage("training", n_steps, args.learning_rate, lambda n: n.startswith(NEW), range(len(splits.train)))
+        rows = splits.train
+        n_turns = [len(row["prompt"]) for row in rows.select_columns(["prompt"])]  # rows with examples are much longer
+        stage = Stage("training", n_steps, args.learning_rate, learns, range(len(rows)), n_turns)
         trainer.begin([stage])
         return trainer
 
@@ -136,7 +142,7 @@ class Flamingo(VisionLesson):
         self, trainer: StagedTrainer, job: VisionJob, splits: Splits, held_out: HeldOut
     ) -> dict[str, list[float]]:
         """Accuracy with 0, 1, 2 and 4 examples; the questions differ, for each has its own examples."""
-        if not splits.source.startswith("toy-shapes"):
+        if splits.source != "toy-shapes-few-shot":
             return {}
         measured = {}
         for n in SHOTS:

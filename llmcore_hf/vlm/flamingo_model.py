@@ -190,6 +190,11 @@ class FlamingoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return (cross_attention(args[0], *self.seen), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": cross_attention(kwargs["hidden_states"], *self.seen)}
 
+    def set_attn_implementation(self, attn_implementation: Any, **options: Any) -> None:
+        """Of tower and language model; the new layers have one of their own."""
+        for part in (self.vision_model, self.language_model):
+            part.set_attn_implementation(attn_implementation, **options)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
 

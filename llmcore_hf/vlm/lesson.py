@@ -14,13 +14,14 @@ from llmcore_hf.checks import Check
 from llmcore_hf.config import Config
 from llmcore_hf.curves import Panel
 from llmcore_hf.data.loading import DataArguments, Splits
-from llmcore_hf.data.shapes import toy_shapes
+from llmcore_hf.data.reading import toy_dataset
 from llmcore_hf.errors import UserError
 from llmcore_hf.run_dir import RunDirectory
 from llmcore_hf.vlm import evaluation, images, pictures, training
 from llmcore_hf.vlm.data import answer_of, is_caption, load_splits, question_of
 from llmcore_hf.vlm.evaluation import HeldOut
 from llmcore_hf.vlm.training import Stage, StagedTrainer, VisionArguments, VisionJob
+from llmcore_hf.vlm.vision_cache import CachedCollator, VisionCache
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,6 +48,7 @@ class VisionLesson:
         name: the module's name.
         title: how pictures call it.
         kinds: the `model_type`s of its checkpoints.
+        tower: the name of the vision tower among the model's modules.
         images_per_row: how many images a question has; None for any number.
         default_template: the chat template of a checkpoint that has none.
         panels: what its curves show besides losses and accuracies.
@@ -57,6 +59,7 @@ class VisionLesson:
     name: str
     title: str
     kinds: tuple[str, ...]
+    tower: str
     images_per_row: int | None = None
     default_template: str | None = None
     panels: tuple[Panel, ...] = ()
@@ -66,6 +69,17 @@ class VisionLesson:
     def make_trainer(self, config: Config, job: VisionJob, splits: Splits, args: SFTConfig) -> StagedTrainer:
         """The trainer, with its stages begun."""
         raise NotImplementedError
+
+    def cache_vision(self, trainer: StagedTrainer, job: VisionJob, splits: Splits) -> None:
+        """Let the tower see each training image once."""
+        model: Any = trainer.accelerator.unwrap_model(trainer.model)
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        cache = VisionCache(
+            model.get_submodule(self.tower), job.processor, splits.train, trainer.args.per_device_train_batch_size
+        )
+        collator: Any = trainer.data_collator
+        getattr(collator, "collator", collator).processor = cache.processor
+        trainer.train_dataset, trainer.data_collator = cache.rows, CachedCollator(collator, cache)
 
     def look(self, model: Any, job: VisionJob, rows: list[dict[str, Any]]) -> tuple[list[str], np.ndarray]:
         """Names of K attention maps, and the maps of the rows, (N, K, side, side)."""
@@ -107,6 +121,8 @@ class VisionLesson:
         splits = load_splits(data_args, args.seed, self.images_per_row, args.load_best_model_at_end, bad_rows_file)
         with text_training.explaining(job, splits):
             trainer = self.make_trainer(config, job, splits, args)
+        if options.cache_vision_features:
+            self.cache_vision(trainer, job, splits)
         text_training.attach(trainer, run_dir)
         held_out = HeldOut.of(
             splits.test,
@@ -174,7 +190,7 @@ class VisionLesson:
         shown = spread(len(rows), N_GRID)
         title = f"{self.title}: held-out images, after training"
         run_dir.write("held_out.png", pictures.grid(title, [rows[i] for i in shown], [answers[i] for i in shown]))
-        asked = [row for row in rows if not is_caption(row)]
+        asked = [row for row in rows if not is_caption(row)] or rows
         chosen = [asked[i] for i in spread(len(asked), N_MAPS)]
         model = trainer.accelerator.unwrap_model(trainer.model)
         with text_evaluation.evaluating(model):
@@ -201,7 +217,7 @@ def spread(n: int, wanted: int) -> list[int]:
 
 def hard_rows(data_args: DataArguments) -> Any:
     """Rows of the harder split; None for data without one."""
-    return toy_shapes()["hard"] if str(data_args.dataset_name).startswith("toy-shapes") else None
+    return toy_dataset("toy-shapes")["hard"] if str(data_args.dataset_name).startswith("toy-shapes") else None
 
 
 def samples(rows: list[dict[str, Any]], before: list[str], after: list[str]) -> list[dict[str, str]]:

@@ -48,7 +48,7 @@ class LlavaTrainer(StagedTrainer, SFTTrainer):
 
 
 class Llava(VisionLesson):
-    name, title, kinds = "llava", "LLaVA", ("llava",)
+    name, title, kinds, tower = "llava", "LLaVA", ("llava",), "model.vision_tower"
 
     def make_trainer(self, config: Config, job: VisionJob, splits: Splits, args: SFTConfig) -> LlavaTrainer:
         from trl import get_quantization_config

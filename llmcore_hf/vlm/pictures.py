@@ -12,6 +12,9 @@ from llmcore_hf.vlm.data import answer_of, question_of
 
 RIGHT, WRONG = "#2ca02c", "#d62728"
 COLUMNS = 6
+ARCHITECTURES = ("#1f77b4", "#ff7f0e", "#2ca02c")  # compared side by side
+PARTS = ("vision tower", "connector", "language model")
+LAYERS = ("#9ecae1", "#3182bd", "#08519c")  # of a stacked bar
 
 
 def grid(title: str, rows: Sequence[dict[str, Any]], answers: Sequence[str]) -> bytes:
@@ -77,6 +80,7 @@ def curves(
         "vqa_accuracy/shuffled": "blind: other images",
         "vqa_accuracy/blank": "blind: blank images",
         "caption_accuracy": "captions",
+        "caption_accuracy/shuffled": "captions, blind: other images",
         "hard/vqa_accuracy": "questions, unseen pairs",
     }
     bars = {
@@ -96,6 +100,122 @@ def curves(
         ),
     ]
     return draw(title, history, [*standard, *panels], bars)
+
+
+def comparison(
+    title: str, curves: dict[str, list[tuple[int, float, float]]], table: dict[str, dict[str, Any]]
+) -> bytes:
+    """PNG of architectures side by side: what they answer, and what it costs.
+
+    Args:
+        curves: architecture -> (training rows, accuracy, blind accuracy) during training.
+        table: row -> architecture -> value, as in the summary's `comparison`.
+    """
+    figure, axes = pyplot().subplots(2, 3, figsize=(16, 8.6), layout="constrained")
+    figure.suptitle(_ascii(title), fontsize=13, fontweight="bold")
+    names = list(curves)
+    colors = dict(zip(names, ARCHITECTURES, strict=True))
+    _draw_learning(axes[0, 0], curves, colors)
+    _draw_accuracy(axes[0, 1], names, table, colors)
+    _draw_stacked(
+        axes[0, 2],
+        "Operations per image and question, millions",
+        {part: table[f"flops/{part}"] for part in PARTS},
+        1e6,
+        {name: f"{table['visual_tokens'][name]} visual tokens" for name in names},
+    )
+    _draw_stacked(
+        axes[1, 0],
+        "Parameters, thousands",
+        {
+            "trained": table["parameters_trained"],
+            "frozen": table["parameters_frozen"],
+        },
+        1e3,
+        dict.fromkeys(names, ""),
+    )
+    _draw_stacked(
+        axes[1, 1],
+        "Memory of training, MB, batch of 64",
+        {
+            "weights": table["memory/weights_mb"],
+            "gradients, Adam": {
+                name: table["memory/weights_gradients_adam_mb"][name] - table["memory/weights_mb"][name]
+                for name in names
+            },
+            "activations": {name: table["memory/activations_kb_per_image"][name] / 16 for name in names},
+        },
+        1,
+        dict.fromkeys(names, ""),
+    )
+    _draw_speed(axes[1, 2], names, table, colors)
+    return png(figure)
+
+
+def _draw_learning(axis: Any, curves: dict[str, list[tuple[int, float, float]]], colors: dict[str, str]) -> None:
+    for name, points in curves.items():
+        if points:
+            rows, accuracies, blind = zip(*points, strict=True)
+            axis.plot(rows, accuracies, color=colors[name], marker="o", markersize=4, label=name)
+            axis.plot(rows, blind, color=colors[name], linestyle=":", label=f"{name}, blind")
+    axis.set_title("Validation questions answered right", fontsize=11)
+    axis.set_xlabel("training rows (a question with its image)")
+    axis.set_ylim(0, 1.05)
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8, frameon=False)
+
+
+def _draw_accuracy(axis: Any, names: list[str], table: dict[str, Any], colors: dict[str, str]) -> None:
+    """Accuracy with its interval, the two blind baselines, and unseen pairs."""
+    for i, name in enumerate(names):
+        value, (low, high) = table["vqa_accuracy"][name], table["vqa_accuracy/ci95"][name]
+        axis.bar(i, value, 0.6, color=colors[name], yerr=[[max(0, value - low)], [max(0, high - value)]], capsize=5)
+        axis.text(i, high + 0.015, f"{value:.2f}", ha="center", fontsize=9)
+        for row, marker, label in (
+            ("vqa_accuracy/shuffled", "x", "blind: other images"),
+            ("vqa_accuracy/blank", "+", "blind: blank images"),
+            ("hard/vqa_accuracy", "_", "unseen pairs"),
+        ):
+            if row in table:
+                axis.plot(i, table[row][name], marker, color="black", markersize=9, label=None if i else label)
+    axis.set_xticks(range(len(names)), names)
+    axis.set_ylim(0, 1.15)
+    axis.set_title("Held-out questions, 95 % interval", fontsize=11)
+    axis.grid(axis="y", alpha=0.25)
+    axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncol=3)
+
+
+def _draw_stacked(
+    axis: Any, title: str, layers: dict[str, dict[str, float]], unit: float, notes: dict[str, str]
+) -> None:
+    names = list(notes)
+    bottom = dict.fromkeys(names, 0.0)
+    for (label, values), color in zip(layers.items(), LAYERS, strict=False):
+        heights = [values[name] / unit for name in names]
+        axis.bar(range(len(names)), heights, 0.6, bottom=list(bottom.values()), color=color, label=label)
+        bottom = {name: bottom[name] + height for name, height in zip(names, heights, strict=True)}
+    for i, name in enumerate(names):
+        text = f"{bottom[name]:.3g}" + (f"\n{notes[name]}" if notes[name] else "")
+        axis.text(i, bottom[name] * 1.01, text, ha="center", va="bottom", fontsize=9)
+    axis.set_xticks(range(len(names)), names)
+    axis.set_ylim(0, max(bottom.values()) * 1.25)
+    axis.set_title(title, fontsize=11)
+    axis.grid(axis="y", alpha=0.25)
+    axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncol=3)
+
+
+def _draw_speed(axis: Any, names: list[str], table: dict[str, Any], colors: dict[str, str]) -> None:
+    kinds = ("training", "generation")
+    for i, name in enumerate(names):
+        values = [table[f"images_per_second/{kind}"][name] for kind in kinds]
+        places = [j + 0.27 * (i - 1) for j in range(len(kinds))]
+        axis.bar(places, values, 0.25, color=colors[name], label=name)
+        for place, value in zip(places, values, strict=True):
+            axis.text(place, value, f"{value:,.0f}", ha="center", va="bottom", fontsize=8.5)
+    axis.set_xticks(range(len(kinds)), ["training\n(forward and backward)", "generation\n(8 tokens each)"])
+    axis.set_title("Images per second on this machine", fontsize=11)
+    axis.grid(axis="y", alpha=0.25)
+    axis.legend(fontsize=8, frameon=False)
 
 
 def _wrap(text: str, width: int = 22) -> str:

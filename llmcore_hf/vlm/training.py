@@ -43,6 +43,13 @@ class VisionArguments:
         },
     )
     stage1_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the first stage."})
+    cache_vision_features: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep pixel values and tower outputs of all training images in memory: the tower is frozen, so each is "
+            "computed once."
+        },
+    )
     image: list[str] | None = field(
         default=None, metadata={"help": "Train nothing: answer --question about this image file."}
     )
@@ -140,6 +147,8 @@ class Stage:
         learning_rate: the peak of its own schedule.
         trains: name of a parameter -> whether it learns; those that the checkpoint or PEFT froze never do.
         rows: numbers of the training rows it draws from.
+        lengths: for each training row how long it is, in any unit, when they differ much: batches are then of similar rows,
+            and little is padded.
     """
 
     name: str
@@ -147,6 +156,7 @@ class Stage:
     learning_rate: float
     trains: Callable[[str], bool]
     rows: Sequence[int]
+    lengths: Sequence[int] | None = None
 
 
 def caption_rows(rows: Dataset) -> list[int]:
@@ -154,6 +164,9 @@ def caption_rows(rows: Dataset) -> list[int]:
     prompts = rows.select_columns(["prompt"])
     found = [i for i, row in enumerate(prompts) if is_caption(row)]
     return found or list(range(len(rows)))
+
+
+N_SORTED = 8  # batches whose rows are sorted by length together
 
 
 class StageSampler(Sampler[int]):
@@ -173,7 +186,15 @@ class StageSampler(Sampler[int]):
                 for _ in itertools.count()
                 for i in torch.randperm(len(stage.rows), generator=generator).tolist()
             )
-            yield from itertools.islice(endless, stage.n_steps * self.batch_size)
+            drawn = itertools.islice(endless, stage.n_steps * self.batch_size)
+            yield from drawn if stage.lengths is None else self._by_length(drawn, stage.lengths, generator)
+
+    def _by_length(self, drawn: Iterator[int], lengths: Sequence[int], generator: torch.Generator) -> Iterator[int]:
+        """The same rows, a few batches at a time: sorted by length, cut into batches, the batches in random order."""
+        size = self.batch_size
+        while window := sorted(itertools.islice(drawn, N_SORTED * size), key=lengths.__getitem__):
+            for i in torch.randperm(len(window) // size, generator=generator).tolist():
+                yield from window[i * size : (i + 1) * size]
 
 
 class StageCallback(TrainerCallback):
@@ -370,7 +391,7 @@ def learning_checks(prefix: str, block: dict[str, Any], blind: dict[str, tuple[f
     """
     from llmcore_hf.checks import Check
 
-    after, name = block["after"], "vqa_accuracy"
+    after, name = block["after"], headline(block["after"])
     low, high = block["ci95"][name]
     return [
         Check(
@@ -399,7 +420,13 @@ def learning_checks(prefix: str, block: dict[str, Any], blind: dict[str, tuple[f
 
 def above_blind(measured: dict[str, list[float]]) -> dict[str, tuple[float, float]]:
     """Blind baseline -> 95 % interval of what the accuracy exceeds it by, on the same rows."""
-    return {how: paired_interval(measured[f"vqa_accuracy/{how}"], measured["vqa_accuracy"]) for how in evaluation.BLIND}
+    name = headline(measured)
+    return {how: paired_interval(measured[f"{name}/{how}"], measured[name]) for how in evaluation.BLIND}
+
+
+def headline(measured: dict[str, Any]) -> str:
+    """What the run is judged by: answers to questions, or descriptions where nothing else is asked for."""
+    return next(name for name in evaluation.KINDS if name in measured)
 
 
 def stage_lengths(args: Any, stage1_steps: int, n_rows: int) -> tuple[int, int]:
