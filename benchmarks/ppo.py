@@ -50,8 +50,8 @@ class Work:
 
 WORKS = (
     Work("toy size", 64, 2, 320, 64, 64, 8, 0.2, 1e-3, 30),
-    Work("10 M parameters, lengths differ", 320, 5, 12288, 16, 4, 128, 1 / 80, 3e-4, 5),
-    Work("10 M parameters, equal lengths", 320, 5, 12288, 16, 4, 128, 0.0, 3e-4, 3),
+    Work("10 M parameters, lengths differ", 320, 5, 12288, 16, 4, 128, 1 / 80, 1e-5, 4),
+    Work("10 M parameters, equal lengths", 320, 5, 12288, 16, 4, 128, 0.0, 1e-5, 3),
 )
 # The fewer sequences a forward pass has, the more of the memory is weights; the first row is the one with a figure to reach.
 MEMORY = tuple(Work("124 M parameters", 768, 12, 50257, 8, n, 32, 0.0, 1e-5, 1) for n in (1, 2))
@@ -149,6 +149,7 @@ def common(work: Work, folder: str) -> dict[str, Any]:
         "total_episodes": work.batch * work.rollouts,
         "learning_rate": work.learning_rate,
         "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,  # TRL's loop does not clip gradients
         "use_cpu": True,
         "bf16": False,
         "report_to": "none",

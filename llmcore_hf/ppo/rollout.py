@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 STRETCH = 32  # tokens generated before rows that have ended are left out
-SIMILAR = 0.75  # rows that are shorter than this part of the longest one go into another forward pass
+WORTH_A_PASS = 512  # tokens of padding; computing fewer is faster than one more forward pass
 
 
 @dataclass
@@ -64,14 +64,15 @@ class Sequences:
         yield from rows[lengths.argsort(descending=True, stable=True)].split(size)
 
     def by_similar_length(self, size: int) -> Iterator[Tensor]:
-        """All rows in groups of at most `size`; the shortest row of a group is at least `SIMILAR` of its longest."""
+        """All rows in groups of at most `size`; a group ends early where that saves `WORTH_A_PASS` tokens of padding."""
         lengths = self.attention_mask.sum(1)
         order = lengths.argsort(descending=True, stable=True)
-        start = 0
-        for end, length in enumerate(lengths[order].tolist()):
-            if end - start == size or length < SIMILAR * lengths[order[start]]:
-                yield order[start:end]
-                start = end
+        sorted_lengths, n, start = lengths[order].tolist(), len(order), 0
+        for row in range(1, n):
+            left = min(start + size, n) - row  # rows that the group could still take
+            if left == 0 or left * (sorted_lengths[start] - sorted_lengths[row]) >= WORTH_A_PASS:
+                yield order[start:row]
+                start = row
         yield order[start:]
 
 
