@@ -127,7 +127,7 @@ def _module_command(argv: list[str], wants_help: bool) -> int:
 
         print_module_help(module)
         return 0
-    check_launch()
+    check_launch(module.name)
     resolved = config.resolve(module, request)
     from llmcore_hf.run_dir import execute
 

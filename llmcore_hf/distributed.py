@@ -56,18 +56,26 @@ GPU_ONLY = (
     "Use cpu_2 or zero2 here; `--module megatron` and `--module deepspeed` show both on a CPU"
 )
 
+STAGE_3 = ("sft", "dpo")  # modules seen to give under ZeRO-3 what they give in one process
 NO_STAGE_3 = (
-    "ZeRO-3 is not supported yet: it spreads the parameters before training, and the evaluation before training needs them "
-    "whole. Use the accelerate configuration zero2 or zero1"
+    "ZeRO-3 is not supported with `{module}`: it holds weights in shards before training as well, where only "
+    + " and ".join(STAGE_3)
+    + " know how to evaluate. Use the accelerate configuration zero2 or zero1"
 )
+NOT_SAVED = (
+    "this accelerate configuration would save no model: ZeRO-3 gathers the weights for it only with "
+    "`zero3_save_16bit_model: true` in `deepspeed_config`, see accelerate_configs/zero3.yaml"
+)
+NO_OFFLOAD = "{what} offloads from a GPU to the CPU's memory, and there is no GPU: use zero3 or zero2 here"
 
 
-def check_launch() -> None:
+def check_launch(module: str) -> None:
     """Refuse a launch that asked for one thing and got another.
 
     `accelerate launch --cpu --num_processes 2` and `distributed_type: MULTI_CPU` start a single process, without
     a word, unless mpirun is used. What they leave behind is a master port without a world size. FSDP2 and tensor
-    parallelism become plain data parallelism on a CPU. DeepSpeed is kept from compiling there, and its stage 3 is refused.
+    parallelism become plain data parallelism on a CPU. DeepSpeed is kept from compiling there and has nothing to offload.
+    ZeRO-3 is for the modules that were tried with it, and must be told to save the model.
 
     Raises:
         ConfigError: such a launch.
@@ -86,9 +94,19 @@ def check_launch() -> None:
         raise ConfigError([GPU_ONLY.format(what="this accelerate configuration")])
     if _is_on("ACCELERATE_USE_DEEPSPEED"):
         if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
-            raise ConfigError([NO_STAGE_3])
+            _check_stage_3(module)
         if not has_gpu():
+            devices = [os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE") for what in ("OPTIMIZER", "PARAM")]
+            if any(device not in (None, "none") for device in devices):
+                raise ConfigError([NO_OFFLOAD.format(what="this accelerate configuration")])
             forbid_deepspeed_to_compile()
+
+
+def _check_stage_3(module: str) -> None:
+    if module not in STAGE_3:
+        raise ConfigError([NO_STAGE_3.format(module=module)])
+    if not _is_on("ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"):
+        raise ConfigError([NOT_SAVED])
 
 
 def _is_on(name: str) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import itertools
 import os
 import socket
 import sys
@@ -19,7 +20,7 @@ from typing import Any
 
 from llmcore_hf import resources
 from llmcore_hf.config import read_yaml
-from llmcore_hf.distributed import GPU_ONLY, NO_STAGE_3, has_gpu
+from llmcore_hf.distributed import GPU_ONLY, NO_OFFLOAD, NO_STAGE_3, NOT_SAVED, STAGE_3, has_gpu
 from llmcore_hf.errors import ConfigError
 
 USAGE = """\
@@ -72,7 +73,7 @@ def launch_command(argv: list[str]) -> list[str]:
         raise ConfigError(problems)
     path = find(str(config))
     settings = {**read_yaml(path), **{name[2:]: value for name, value in chosen.items()}}
-    if problems := launch_problems(settings, path.stem):
+    if problems := launch_problems(settings, path.stem, _module_of(rest)):
         raise ConfigError(problems)
     options = [text for name, value in chosen.items() for text in (name, str(value))]
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
@@ -100,6 +101,12 @@ def _read(argv: list[str]) -> tuple[dict[str, Any], list[str], list[str]]:
     return chosen, rest, problems
 
 
+def _module_of(rest: list[str]) -> str | None:
+    """The module that is named on the command line; None when a --config names it."""
+    tokens = [part for token in rest for part in token.split("=", 1)]
+    return next((name for option, name in itertools.pairwise(tokens) if option == "--module"), None)
+
+
 def names() -> list[str]:
     """The configurations that ship with the project."""
     return sorted(path.stem for path in resources.path("accelerate_configs").glob("*.yaml"))
@@ -120,16 +127,15 @@ def find(config: str) -> Path:
     raise ConfigError([f"--accelerate_config {config}: no such file, and none of {', '.join(names())}{hint}"])
 
 
-def launch_problems(settings: dict[str, Any], name: str) -> list[str]:
-    """Why a launch with these settings would fail, or do something else than it says; one sentence each."""
+def launch_problems(settings: dict[str, Any], name: str, module: str | None) -> list[str]:
+    """Why a launch of `module` with these settings would fail, or do something else than it says; one sentence each."""
     problems = []
     n_processes, n_machines = int(settings.get("num_processes") or 1), int(settings.get("num_machines") or 1)
     port, address = int(settings.get("main_process_port") or 0), settings.get("main_process_ip")
     if settings.get("distributed_type") == "DEEPSPEED":
         if importlib.util.find_spec("deepspeed") is None:
             problems.append(MISSING_DEEPSPEED)
-        if (settings.get("deepspeed_config") or {}).get("zero_stage") == 3:
-            problems.append(NO_STAGE_3)
+        problems += _deepspeed_problems(settings.get("deepspeed_config") or {}, name, module)
     if needs_gpu(settings) and not has_gpu():
         problems.append(GPU_ONLY.format(what=name))
     if n_machines > 1:
@@ -141,6 +147,19 @@ def launch_problems(settings: dict[str, Any], name: str) -> list[str]:
             problems.append(f"--num_processes {n_processes} is the total, a multiple of --num_machines {n_machines}")
     if port and int(settings.get("machine_rank") or 0) == 0 and not port_is_free(port):
         problems.append(f"--main_process_port {port} is in use on this machine: take another, or 0 for any free one")
+    return problems
+
+
+def _deepspeed_problems(options: dict[str, Any], name: str, module: str | None) -> list[str]:
+    problems = []
+    if options.get("zero_stage") == 3:
+        if module is not None and module not in STAGE_3:
+            problems.append(NO_STAGE_3.format(module=module))
+        if not options.get("zero3_save_16bit_model"):
+            problems.append(NOT_SAVED)
+    devices = (options.get("offload_optimizer_device"), options.get("offload_param_device"))
+    if any(device not in (None, "none") for device in devices) and not has_gpu():
+        problems.append(NO_OFFLOAD.format(what=name))
     return problems
 
 

@@ -148,6 +148,14 @@ MODULES = (
         "Fault tolerance: a worker is killed, the job goes on",
         "llmcore_hf.systems.elastic",
     ),
+    Module(
+        "mixed_precision",
+        14,
+        5,
+        "混合精度：bf16、fp16 与损失缩放",
+        "Mixed precision: bf16, fp16 and loss scaling",
+        "llmcore_hf.systems.mixed_precision",
+    ),
 )
 
 

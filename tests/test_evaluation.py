@@ -252,9 +252,8 @@ def test_rows_are_shared_out_and_gathered_in_order(
     shares: list[list] = []
 
     def process(index: int) -> Any:
-        return SimpleNamespace(
-            process_index=index, num_processes=2, device=accelerator.device, autocast=accelerator.autocast
-        )
+        of_two = {"process_index": index, "num_processes": 2, "parallelism_config": None}
+        return SimpleNamespace(**of_two, device=accelerator.device, autocast=accelerator.autocast)
 
     def work(index: int) -> tuple[Any, Any]:
         found = likelihoods(model, rows[:n_rows], 0, 2, process(index))
@@ -268,7 +267,8 @@ def test_rows_are_shared_out_and_gathered_in_order(
     for index in (0, 1):
         work(index)
     likelihood_shares, answer_shares = shares[0::2], shares[1::2]
-    assert abs(len(likelihood_shares[0]) - len(likelihood_shares[1])) <= 1
+    # As many in each, or processes that hold one model in shards would wait for each other.
+    assert len(likelihood_shares[0]) == len(likelihood_shares[1]) == (n_rows + 1) // 2
 
     alone = (
         likelihoods(model, rows[:n_rows], 0, 2, accelerator),
@@ -280,6 +280,19 @@ def test_rows_are_shared_out_and_gathered_in_order(
         found, answers = work(index)
         assert found.logprobs == pytest.approx(alone[0].logprobs, rel=1e-4, abs=1e-5)
         assert answers == alone[1]
+
+
+def test_processes_that_hold_slices_of_one_model_do_the_same_rows() -> None:
+    from accelerate.parallelism_config import ParallelismConfig
+
+    slices = ParallelismConfig(dp_shard_size=2, tp_size=2)
+
+    def share(index: int, parallelism: Any) -> list[int]:
+        process = SimpleNamespace(process_index=index, num_processes=4, parallelism_config=parallelism)
+        return [number for batch in evaluation._batches(list(range(7)), 2, process) for number in batch]
+
+    assert [share(i, slices) for i in range(4)] == [[0, 2, 4, 6]] * 2 + [[1, 3, 5, 0]] * 2
+    assert [share(i, None) for i in range(4)] == [[0, 4], [1, 5], [2, 6], [3, 0]]
 
 
 # --- tokenization -------------------------------------------------------------------------------------------------

@@ -70,12 +70,14 @@ def test_a_function_is_found_in_a_file_and_in_a_module() -> None:
         ("mine.py:number", "has no function `number`"),
         ("broken.py:f", "cannot be loaded: SyntaxError"),
         ("no_such_package.f", "cannot be loaded: ModuleNotFoundError"),
+        ("script.py:f", "cannot be loaded: SystemExit: 0"),  # or the run would end here, as if all were well
         ("accuracy_reward", "pip install math-verify"),
     ],
 )
 def test_a_name_that_leads_nowhere_is_told(name: str, words: str) -> None:
     Path("mine.py").write_text(MINE)
     Path("broken.py").write_text("def f(:\n")
+    Path("script.py").write_text("import sys\n\nsys.exit(0)\n")
     with pytest.raises(UserError) as caught:
         rewards.load(name, 8)
     assert words in str(caught.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import math
 from pathlib import Path
@@ -178,7 +179,12 @@ def test_reward_functions_get_what_trls_get() -> None:
         ([1.0, math.nan], "returned nan for sample 1"),
         ([1.0, math.inf], "returned inf for sample 1"),
         (["good", 1.0], "returned 'good' for sample 0"),
+        ([1.0, 1e39], r"returned 1e+39 for sample 1"),  # infinite in float32
+        ([10**400, 1.0], "for sample 0"),
+        ([b"1", 1.0], "returned b'1' for sample 0"),
         (3.0, "returned float"),
+        (torch.tensor(3.0), "returned Tensor"),
+        ({0: 1.0, 1: 2.0}, "returned dict"),
     ],
 )
 def test_a_wrong_reward_names_function_batch_and_sample(returned: Any, words: str) -> None:
@@ -195,8 +201,13 @@ def test_a_reward_that_raises_is_named() -> None:
     def broken(**kwargs):
         raise KeyError("answer")
 
-    with pytest.raises(rewards.RewardError, match=r"`broken` failed on the rollout before step 1: KeyError: 'answer'"):
-        rewards.make_scorers(broken, None)[0](some_batch(), 8)
+    def lazily(**kwargs):
+        yield broken()
+
+    for func in (broken, lazily):
+        message = rf"`{func.__name__}` failed on the rollout before step 1: KeyError: 'answer'"
+        with pytest.raises(rewards.RewardError, match=message):
+            rewards.make_scorers(func, None)[0](some_batch(), 8)
 
 
 def test_a_reward_may_be_a_coroutine_and_log_on_its_own() -> None:
@@ -213,9 +224,51 @@ def test_a_reward_may_be_a_coroutine_and_log_on_its_own() -> None:
     assert logged == {"judge/calls": 2.0, "verdict": ["good", "good"]}
 
 
+def test_a_coroutine_may_be_asked_while_another_loop_runs() -> None:
+    async def judge(completions, **kwargs):
+        return [0.5] * len(completions)
+
+    async def notebook():
+        return rewards.make_scorers(judge, None)[0](some_batch(), 8)
+
+    assert asyncio.run(notebook()).tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("logs", "words"),
+    [
+        (lambda log_metric, log_extra: log_metric("length", "long"), "could not convert string to float"),
+        (lambda log_metric, log_extra: log_extra("verdict", ["good"]), r"log_extra\('verdict'\) got 1 values for"),
+    ],
+)
+def test_what_a_function_logs_in_vain_is_named(tmp_path: Path, logs: Any, words: str) -> None:
+    def judge(completions, log_metric, log_extra, **kwargs):
+        logs(log_metric, log_extra)
+        return [0.5] * len(completions)
+
+    trainer = small_trainer(tmp_path)
+    trainer.scorers = rewards.make_scorers(judge, None)
+    with pytest.raises(rewards.RewardError, match=f"`judge` failed on the rollout before step 1: .*{words}"):
+        trainer.train()
+
+
+def test_a_missing_dataset_is_told(tmp_path: Path) -> None:
+    trainer = small_trainer(tmp_path)
+    trainer.train_dataset = trainer.eval_dataset = None
+    with pytest.raises(ValueError, match="training needs a train_dataset"):
+        trainer.train()
+    with pytest.raises(ValueError, match="evaluation needs an eval_dataset"):
+        trainer.evaluate()
+
+
 def test_no_function_has_anything_to_say() -> None:
     with pytest.raises(rewards.RewardError, match="every reward function returned None for sample 1"):
         rewards.total(torch.tensor([[1.0, math.nan], [math.nan, math.nan]]), torch.ones(2), some_batch())
+
+
+def test_a_weighted_sum_beyond_float32_is_refused() -> None:
+    with pytest.raises(rewards.RewardError, match=r"weighted sum of the rewards of sample 1 of .* is inf"):
+        rewards.total(torch.tensor([[1.0], [1e30]]), torch.tensor([1e30]), some_batch())
 
 
 @pytest.mark.parametrize(

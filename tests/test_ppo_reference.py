@@ -126,6 +126,12 @@ def test_a_rollout_is_what_the_papers_say(tmp_path: Path, truncated: str, whiten
         ):
             assert ours[i, :n].tolist() == pytest.approx(theirs, abs=1e-5)
             assert not ours[i, n:].any(), "padding holds zeros"
+    logged = {name: values[0] for name, values in trainer._rollout_means.items()}
+    assert logged["objective/entropy"] == pytest.approx(-np.mean([sum(row) for row in expected["logprobs"]]), abs=1e-5)
+    assert logged["val/num_eos_tokens"] == pytest.approx(sum(row[-1] == END for row in COMPLETIONS))
+    if not whitened:
+        total = np.mean([sum(row) for row in expected["rewards"]])
+        assert logged["objective/rlhf_reward"] == pytest.approx(total, abs=1e-5)
 
 
 @pytest.mark.parametrize("truncated", ["penalty", "score", "bootstrap"])

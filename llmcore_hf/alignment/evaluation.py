@@ -1,14 +1,15 @@
 """Held-out evaluation, the same before and after training: log-likelihoods, scores and generated answers.
 
 It tokenizes on its own, through the same chat template as TRL, so that it also checks what TRL trains on. Rows are
-shared out over the processes and gathered again; greedy decoding draws no random numbers, and sampling puts the
+shared out over the processes and gathered again, also where these hold a model's weights in shards; greedy decoding draws no random numbers, and sampling puts the
 generators back, so that evaluating changes nothing in the training that follows.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -103,10 +104,26 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _weights(model):
             yield
     finally:
         model.train(was_training)
+
+
+def _weights(model: torch.nn.Module) -> AbstractContextManager[None]:
+    """Gather weights that nobody else gathers.
+
+    ZeRO-3 spreads them over the processes when a model is loaded. Its engine gathers them layer by layer, but there is none
+    before the training begins.
+    """
+    if not any(hasattr(p, "ds_id") for p in model.parameters()):
+        return nullcontext()
+    hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    if any(hook.__module__.startswith("deepspeed") for hook in hooks):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(model.parameters()))
 
 
 def likelihoods(
@@ -228,7 +245,7 @@ def generate_from(
         how = {"do_sample": True, **sampling}
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     with evaluating(model), torch.random.fork_rng(devices):
-        torch.manual_seed(accelerator.process_index)
+        torch.manual_seed(_share(accelerator)[0])
         for batch in _batches(list(range(n_rows)), batch_size, accelerator):
             inputs = encode(batch).to(accelerator.device)
             with accelerator.autocast():
@@ -292,19 +309,35 @@ def _encode_prompts(tokenizer: PreTrainedTokenizerBase, asked: list[tuple[Text, 
 
 
 def _batches(order: list[int], batch_size: int, accelerator: Accelerator) -> Iterator[list[int]]:
-    """This process's share of the rows, in batches."""
-    mine = order[accelerator.process_index :: accelerator.num_processes]
+    """This process's share of the rows, in batches, as many as every other process has.
+
+    Those with a row less do the first one again, because all have to take part whenever a sharded model gathers a layer.
+    """
+    index, n_shares = _share(accelerator)
+    mine = order[index::n_shares]
+    if len(mine) < math.ceil(len(order) / n_shares):
+        mine = [*mine, order[0]]
     for start in range(0, len(mine), batch_size):
         yield mine[start : start + batch_size]
 
 
+def _share(accelerator: Accelerator) -> tuple[int, int]:
+    """Which share of the rows this process does, of how many: processes that hold slices of one model do the same rows."""
+    parallelism = accelerator.parallelism_config
+    together = parallelism.non_data_parallel_size if parallelism else 1
+    return accelerator.process_index // together, accelerator.num_processes // together
+
+
 def _gather_in_order(found: list[tuple[int, Any]], accelerator: Accelerator) -> list[Any]:
-    """The results of all processes, sorted by row number, in every process."""
+    """The results of all processes, sorted by row number, in every process; of a row done twice the first one's."""
     if accelerator.num_processes > 1:
         from accelerate.utils import gather_object
 
         found = gather_object(found)
-    return [value for _, value in sorted(found, key=lambda item: item[0])]
+    by_number: dict[int, Any] = {}
+    for number, value in found:
+        by_number.setdefault(number, value)
+    return [value for _, value in sorted(by_number.items())]
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def _from_module(name: str) -> Callable[..., Any]:
 def _run(load_module: Callable[[], Any], name: str) -> Any:
     try:
         return load_module()
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script ends when it is done
         raise UserError(f"`{name}` cannot be loaded: {type(error).__name__}: {error}") from error
 
 

@@ -533,11 +533,18 @@ def train(trainer: Trainer, run: RunDirectory) -> None:
         raise Interrupted(step, checkpointing.folder(step))
     if run.stop.requested:  # after the last step; there is no other to save it
         raise KeyboardInterrupt
-    if not all(torch.isfinite(p).all() for p in trainer.model.parameters()):
+    if not _weights_are_finite(trainer):
         raise Diverged("the weights are not finite after training: lower --learning_rate or add --warmup_steps")
     if not any(row["step"] == step and any(name.startswith("eval_") for name in row) for row in run.history):
         trainer.evaluate()  # the last point of the held-out curve, whatever --eval_strategy says
     save(trainer, run)
+
+
+def _weights_are_finite(trainer: Trainer) -> bool:
+    """The same answer in every process; under ZeRO-3 each has a shard to look at (`ds_tensor`)."""
+    shards = (getattr(p, "ds_tensor", p) for p in trainer.model.parameters())
+    finite = torch.tensor(float(all(torch.isfinite(p).all() for p in shards)), device=trainer.accelerator.device)
+    return bool(trainer.accelerator.gather(finite).min())
 
 
 def save(trainer: Trainer, run: RunDirectory) -> None:
@@ -679,11 +686,12 @@ def describe_model(trainer: Trainer, job: Job) -> dict[str, Any]:
     """The `model` block of a summary."""
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     trained = getattr(model, "policy", model)  # PPO's module holds the critic as well
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]  # ds: sharded by ZeRO-3
     tokenizer = job.tokenizer
     return {
         "name_or_path": job.name,
-        "n_params": sum(p.numel() for p in model.parameters()),
-        "n_trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "n_params": sum(size for size, _ in sizes),
+        "n_trainable": sum(size for size, trained in sizes if trained),
         "peft": type(trained.active_peft_config).__name__ if hasattr(trained, "active_peft_config") else None,
         "pad_token": tokenizer.pad_token,
         "eos_token": tokenizer.eos_token,

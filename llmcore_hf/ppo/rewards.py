@@ -7,7 +7,8 @@ import inspect
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ GIVEN = ("trainer_state", "log_metric", "log_extra")  # what TRL gives to functi
 # Names that any run may have: of its folder, of a checkpoint or a part in it.
 SAYS_NOTHING = re.compile(r"latest|last|best|final|merged|model|output|checkpoint[-_]?\d*|\d{8}-\d{6}.*", re.IGNORECASE)
 OWN_ARGUMENTS = ("prompts", "completion", "completions", "completion_ids", *GIVEN)
+LARGEST = torch.finfo(torch.float32).max
 
 
 class RewardError(UserError):
@@ -83,7 +85,9 @@ class Scorer:
                 **batch.columns,
             )
             if inspect.iscoroutine(values):
-                values = asyncio.run(values)
+                values = _result_of(values)
+            if isinstance(values, Iterator):
+                values = list(values)  # a generator fails here, not in the call
         except (Exception, SystemExit) as error:
             what = f"{type(error).__name__}: {error}"
             raise RewardError(f"reward function `{self.name}` failed on {batch.name}: {what}") from error
@@ -92,7 +96,9 @@ class Scorer:
     def _checked(self, values: Any, batch: Batch) -> Tensor:
         n = len(batch.prompts)
         try:
-            values = values.tolist() if isinstance(values, Tensor) else list(values)
+            if isinstance(values, str | bytes | dict | set | frozenset):  # of these a list would be made, too
+                raise TypeError
+            values = list(values.tolist() if isinstance(values, Tensor) else values)
         except TypeError:
             raise RewardError(
                 f"reward function `{self.name}` returned {type(values).__name__} for {batch.name}: it must return a list of "
@@ -133,6 +139,16 @@ class Scorer:
         return scores
 
 
+def _result_of(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """What a coroutine returns; in a notebook, whose loop runs already, from a loop in a thread of its own."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()
+
+
 def encode(prompts: list[Text], completions: list[Text], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of each prompt with its completion, as TRL's RewardTrainer makes them.
 
@@ -148,9 +164,10 @@ def encode(prompts: list[Text], completions: list[Text], tokenizer: PreTrainedTo
 
 
 def _is_finite_number(value: Any) -> bool:
+    """Finite in float32, too."""
     try:
-        return math.isfinite(float(value)) and not isinstance(value, str)
-    except (TypeError, ValueError):
+        return abs(float(value)) <= LARGEST and not isinstance(value, str | bytes)
+    except (TypeError, ValueError, OverflowError):
         return False
 
 
@@ -247,10 +264,17 @@ def total(rewards: Tensor, weights: Tensor, batch: Batch) -> Tensor:
     """(B,) weighted sum over the functions, (B, F) -> (B,); functions that returned None do not count.
 
     Raises:
-        RewardError: no function had anything to say about a completion.
+        RewardError: no function had anything to say about a completion, or the sum is no finite number.
     """
     silent = rewards.isnan().all(1)
     if silent.any():
         i = int(silent.nonzero()[0])
         raise RewardError(f"every reward function returned None for sample {i} of {batch.name}. {shown(batch, i)}")
-    return (rewards * weights).nansum(1)
+    summed = (rewards * weights).nansum(1)
+    if not summed.isfinite().all():
+        i = int((~summed.isfinite()).nonzero()[0])
+        raise RewardError(
+            f"the weighted sum of the rewards of sample {i} of {batch.name} is {summed[i]}: lower reward_weights, or scale the "
+            f"rewards. {shown(batch, i)}"
+        )
+    return summed

@@ -217,6 +217,8 @@ class PPOTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """Batches of prompts for whole rollouts; see `RolloutSampler`."""
         args = self.args
+        if self.train_dataset is None:
+            raise ValueError("training needs a train_dataset")
         self._sampler = RolloutSampler(
             len(self.train_dataset),
             args.rollout_size,
@@ -330,7 +332,7 @@ class PPOTrainer(Trainer):
         self.model.eval()
         batch, prompt_ids = self.complete(rows, self.sampling, f"the rollout before step {self.state.global_step + 1}")
         self._extra = {}
-        scores = self.score(batch, self._log_metric, self._extra.__setitem__)  # (B, F)
+        scores = self.score(batch, self._log_metric, partial(self._log_extra, len(rows)))  # (B, F)
         score = self._total(scores, batch)  # (B,)
         sequences = Sequences.of(
             prompt_ids, batch.completion_ids, self.processing_class.pad_token_id, self.accelerator.device
@@ -417,7 +419,13 @@ class PPOTrainer(Trainer):
         return torch.stack(columns, dim=1).to(self.accelerator.device)
 
     def _log_metric(self, name: str, value: float) -> None:
-        self._reported[name].append(value)
+        number = float(value)  # raises within the function that gave it, so that it is named
+        self._reported[name].append(number)
+
+    def _log_extra(self, n: int, column: str, values: list[Any]) -> None:
+        if len(values) != n:
+            raise ValueError(f"log_extra({column!r}) got {len(values)} values for {n} completions")
+        self._extra[column] = values
 
     def _total(self, scores: Tensor, batch: Batch) -> Tensor:
         weights = torch.tensor([scorer.weight for scorer in self.scorers], device=scores.device)
@@ -482,6 +490,8 @@ class PPOTrainer(Trainer):
         because the layers of a sharded model are gathered by all together.
         """
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if dataset is None:
+            raise ValueError("evaluation needs an eval_dataset")
         if isinstance(dataset, dict):
             parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
             return {key: value for part in parts for key, value in part.items()}
