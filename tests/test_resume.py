@@ -432,7 +432,7 @@ def trainer_by_hand(train: Callable[[], None] = lambda: None, **options: Any) ->
     return SimpleNamespace(
         args=SimpleNamespace(**{"output_dir": "run", "save_total_limit": None, **options}),
         state=SimpleNamespace(global_step=4),
-        accelerator=SimpleNamespace(wait_for_everyone=lambda: None),
+        accelerator=SimpleNamespace(wait_for_everyone=lambda: None, device="cpu", gather=lambda tensor: tensor),
         model=SimpleNamespace(parameters=list),
         is_in_train=True,
         add_callback=lambda callback: None,
