@@ -250,6 +250,7 @@ def test_a_run_that_did_not_succeed_is_no_success_story(module: str, status: str
     assert claimed and not [sentence for sentence in claimed if sentence in page]
     assert not SUCCESS.search(result) and brief.HEADINGS["sources"][language] not in page
     assert {"zh": "下一步", "en": "Next"}[language] in result
+    assert "方法起作用" not in page and "the method works" not in page
 
 
 @pytest.mark.parametrize("module", WITH_BRIEF)
@@ -276,6 +277,9 @@ def test_a_warning_is_said_and_nothing_is_made_of_it() -> None:
     )
     page = brief.markdown(source_of("dpo"), run, "zh")
     assert f"检查 {id} 只得到警告" in page and "偏好准确率从" not in page and "toy 配方" not in page
+    run.summary["toy"] = True
+    assert "方法起作用" not in brief.markdown(source_of("dpo"), run, "zh")
+    assert "方法起作用" in brief.markdown(source_of("dpo"), recorded("dpo"), "zh")
 
 
 def test_a_check_that_was_not_made_is_a_limit() -> None:

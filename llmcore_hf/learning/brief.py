@@ -90,6 +90,10 @@ WORDS = {
         "zh": "这是 toy 配方：它证明实现正确、方法起作用，不说明大模型或大任务上的效果。",
         "en": "This is the toy recipe: it shows that the code is right and the method works, not what happens with large models or tasks.",
     },
+    "toy_that_failed": {
+        "zh": "这是 toy 配方：不说明大模型或大任务上的效果。",
+        "en": "This is the toy recipe: it does not show what happens with large models or tasks.",
+    },
     "check_skipped": {
         "zh": "检查 {id} 没有做，与它有关的话都不能说。",
         "en": "The check {id} was not made: nothing that rests on it can be said.",
@@ -235,7 +239,8 @@ def limits_of(source: Source, run: Run, language: str) -> list[str]:
     said = [sentence for claim in source.limits if (sentence := claim.say(run, language))]
     said.append(_word("one_seed", language, seed=run.summary.get("seed")))
     if run.summary.get("toy"):
-        said.append(_word("toy", language))
+        as_promised = run.succeeded and not run.with_status("warn")
+        said.append(_word("toy" if as_promised else "toy_that_failed", language))
     said += [_word("check_skipped", language, id=check["id"]) for check in run.with_status("skip")]
     said += [
         _word("check_warned", language, id=check["id"], why=check[f"why_{language}"])
