@@ -86,6 +86,15 @@ def launch_problems(module: str) -> list[str]:
     return []
 
 
+def house_defaults(explicit: dict[str, Any]) -> dict[str, Any]:
+    """None: the defaults of a lesson are those of its options."""
+    return {}
+
+
+def check(config: Config) -> list[str]:
+    return launch_problems(config.module)
+
+
 class Lesson:
     """A lesson's file, seen as the code of a module (`registry.Module`)."""
 
@@ -96,11 +105,7 @@ class Lesson:
     def argument_classes(self) -> tuple[type, ...]:
         return (self.file.Args,)
 
-    def house_defaults(self, explicit: dict[str, Any]) -> dict[str, Any]:
-        return {}
-
-    def check(self, config: Config) -> list[str]:
-        return launch_problems(config.module)
+    house_defaults, check = staticmethod(house_defaults), staticmethod(check)
 
     def run(self, config: Config, run_dir: RunDirectory) -> None:
         """Run the lesson in one thread: small tensors gain nothing from more and lose much when the cores are busy.

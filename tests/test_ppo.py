@@ -295,9 +295,9 @@ def test_impossible_options_are_named(tmp_path: Path, options: dict[str, Any], w
 
 def test_an_epoch_ends_with_a_whole_rollout(tmp_path: Path) -> None:
     for strategy in ("epoch", "no"):
-        config(tmp_path, save_strategy=strategy, save_steps=6)
+        assert config(tmp_path, save_strategy=strategy, save_steps=6).save_strategy == strategy
     best = {"save_strategy": "best", "eval_strategy": "epoch", "metric_for_best_model": "reward"}
-    config(tmp_path, **best, eval_steps=5)
+    assert config(tmp_path, **best, eval_steps=5).save_strategy == "best"
 
 
 @pytest.mark.parametrize(

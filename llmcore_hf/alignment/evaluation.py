@@ -1,8 +1,9 @@
 """Held-out evaluation, the same before and after training: log-likelihoods, scores and generated answers.
 
 It tokenizes on its own, through the same chat template as TRL, so that it also checks what TRL trains on. Rows are
-shared out over the processes and gathered again, also where these hold a model's weights in shards; greedy decoding draws no random numbers, and sampling puts the
-generators back, so that evaluating changes nothing in the training that follows.
+shared out over the processes and gathered again, also where these hold a model's weights in shards; greedy decoding
+draws no random numbers, and sampling puts the generators back, so that evaluating changes nothing in the training that
+follows.
 """
 
 from __future__ import annotations

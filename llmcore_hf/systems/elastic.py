@@ -71,16 +71,11 @@ class Args(lesson.LessonArguments):
         return found
 
 
+house_defaults, check = lesson.house_defaults, lesson.check
+
+
 def argument_classes() -> tuple[type, ...]:
     return (Args,)
-
-
-def house_defaults(explicit: dict[str, Any]) -> dict[str, Any]:
-    return {}
-
-
-def check(config: Config) -> list[str]:
-    return lesson.launch_problems(config.module)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

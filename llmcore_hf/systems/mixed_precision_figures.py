@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from llmcore_hf import lesson
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from llmcore_hf.systems.mixed_precision import Findings
+    from llmcore_hf.systems.precision import Trajectory
 
 LINES = {
     "fp32": ("#7f7f7f", "-"),
@@ -43,31 +45,34 @@ def draw(found: Findings, n_parameters: int) -> Figure:
     return figure
 
 
-def _draw_rounding(axis: Axes, found: Findings) -> None:
+def _draw_each(axis: Axes, found: Findings, values: Callable[[Trajectory], Iterable[float | None]]) -> None:
+    """One line per number format over the optimizer steps; a step without a value has no point."""
     for trajectory in found.trajectories:
         color, line = LINES[trajectory.regime.name]
-        points = [(i + 1, s.gradient_error) for i, s in enumerate(trajectory.steps) if s.gradient_error is not None]
-        axis.plot(*zip(*points, strict=True), line, color=color)
+        points = [(i, value) for i, value in enumerate(values(trajectory), start=1) if value is not None]
+        axis.plot(*zip(*points, strict=True), line, color=color, label=trajectory.regime.name)
+
+
+def _draw_rounding(axis: Axes, found: Findings) -> None:
+    _draw_each(axis, found, lambda trajectory: [step.gradient_error for step in trajectory.steps])
     axis.set_yscale("log")
     axis.set(xlabel="optimizer step", ylabel="|g - g64| / |g64|, same weights and batch")
     axis.set_title("How wrong is one gradient? (rounding alone)", fontsize=11)
 
 
 def _draw_weights(axis: Axes, found: Findings) -> None:
-    for trajectory in found.trajectories:
-        color, line = LINES[trajectory.regime.name]
-        points = [(i + 1, apart) for i, apart in enumerate(found.weights_apart(trajectory)) if apart is not None]
-        axis.plot(*zip(*points, strict=True), line, color=color, label=trajectory.regime.name)
+    _draw_each(axis, found, found.weights_apart)
     axis.set_yscale("log")
     axis.set(xlabel="optimizer step", ylabel="|w - w64| / |w64 - start|, w64 with the same steps")
     axis.set_title("How far does the training end up? (error growth)", fontsize=11)
 
 
 def _draw_lost(axis: Axes, found: Findings) -> None:
-    for trajectory in found.trajectories:
-        color, line = LINES[trajectory.regime.name]
-        points = [(i + 1, 100 * s.lost_updates) for i, s in enumerate(trajectory.steps) if s.lost_updates is not None]
-        axis.plot(*zip(*points, strict=True), line, color=color)
+    _draw_each(
+        axis,
+        found,
+        lambda trajectory: [None if s.lost_updates is None else 100 * s.lost_updates for s in trajectory.steps],
+    )
     axis.set_ylim(-3, 103)
     axis.set(
         xlabel="optimizer step (the learning rate falls to 0)", ylabel="% of weights that a step leaves as they are"
