@@ -72,7 +72,9 @@ def peak_mb() -> float:
     """The largest resident set of this process and of its workers."""
     import resource
 
-    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
+    from llmcore_hf.run_dir import peak_rss_mb
+
+    return max(peak_rss_mb(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
 
 
 def run(way: str, path: Path, num_proc: int, cache: str) -> dict[str, Any]:
