@@ -156,7 +156,7 @@ def test_the_trainers_loss_is_trls_when_nothing_is_padded(name: str, tmp_path: P
         **{"advantages": case.found["advantages"], "returns": case.found["returns"]},
     }
     trainer = trainer_on(case, tmp_path)
-    loss = trainer.compute_loss(lambda *a, **k: (now, None, vpred[:, PROMPT - 1 :, 0]), inputs)
+    loss = trainer.compute_loss(lambda *a, **k: (now, None, vpred[:, PROMPT - 1 : -1, 0]), inputs)
     assert same(loss.detach(), case.found["loss"])
     for ours, theirs in {
         "loss/policy_avg": "pg_loss",

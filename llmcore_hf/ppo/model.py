@@ -107,25 +107,25 @@ class PolicyAndValue(nn.Module):
             self.value_model.load_state_dict(weights, strict=False)  # tied weights are saved once
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, n_completion: int, with_entropy: bool = False
+        self, input_ids: Tensor, attention_mask: Tensor | None, n_completion: int, with_entropy: bool = False
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Log-probabilities of the completion tokens and values of the texts before them, in one call for DDP's sake.
 
         Args:
             input_ids: (B, P + T) prompts padded on the left, completions padded on the right.
-            attention_mask: (B, P + T).
+            attention_mask: (B, P + T), or None where no prompt is padded: no token looks at what comes after it.
             n_completion: T.
             with_entropy: also the entropy of each token's distribution, with gradient.
 
         Returns:
-            log-probabilities (B, T) at the sampling temperature, entropies (B, T) or None, values (B, T + 1): `values[:, t]`
-            belongs to the text before token t, the last one to the whole text.
+            log-probabilities (B, T) at the sampling temperature, entropies (B, T) or None, values (B, T): `values[:, t]`
+            belongs to the text before token t.
         """
         logprobs, entropies = self.logprobs(input_ids, attention_mask, n_completion, with_entropy)
-        return logprobs, entropies, self.values(input_ids, attention_mask, n_completion)
+        return logprobs, entropies, self.values(*_without_last(input_ids, attention_mask), n_completion - 1)
 
     def logprobs(
-        self, input_ids: Tensor, attention_mask: Tensor, n_completion: int, with_entropy: bool = False
+        self, input_ids: Tensor, attention_mask: Tensor | None, n_completion: int, with_entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities (B, T) of the policy, and entropies (B, T) or None."""
         return completion_logprobs(
@@ -138,8 +138,8 @@ class PolicyAndValue(nn.Module):
             with_entropy=with_entropy,
         )
 
-    def values(self, input_ids: Tensor, attention_mask: Tensor, n_completion: int) -> Tensor:
-        """(B, T + 1) in float32."""
+    def values(self, input_ids: Tensor, attention_mask: Tensor | None, n_completion: int) -> Tensor:
+        """(B, T + 1) in float32: of the texts before each completion token, and of the whole one."""
         raise NotImplementedError
 
 
@@ -153,9 +153,8 @@ class SeparateModels(PolicyAndValue):
     def parts(self) -> list[nn.Module]:
         return [self.policy, self.value_model]
 
-    def values(self, input_ids: Tensor, attention_mask: Tensor, n_completion: int) -> Tensor:
-        inputs = {"attention_mask": attention_mask, "position_ids": position_ids(attention_mask)}
-        logits = self.value_model(input_ids=input_ids, use_cache=False, **inputs).logits  # (B, P + T, 1)
+    def values(self, input_ids: Tensor, attention_mask: Tensor | None, n_completion: int) -> Tensor:
+        logits = self.value_model(**_inputs(input_ids, attention_mask)).logits  # (B, P + T, 1)
         return logits[:, -n_completion - 1 :, 0].float()
 
     def save_parts(self, folder: Path, state: dict[str, Tensor]) -> None:
@@ -195,15 +194,10 @@ class SharedBackbone(PolicyAndValue):
             self.policy.set_adapter("default")
             self.mark_trainable()
 
-    def values(self, input_ids: Tensor, attention_mask: Tensor, n_completion: int) -> Tensor:
+    def values(self, input_ids: Tensor, attention_mask: Tensor | None, n_completion: int) -> Tensor:
         with self.value_adapter():
             backbone = _base(self.policy).base_model
-            hidden = backbone(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids(attention_mask),
-                use_cache=False,
-            ).last_hidden_state  # (B, P + T, hidden)
+            hidden = backbone(**_inputs(input_ids, attention_mask)).last_hidden_state  # (B, P + T, hidden)
         return self.value_head(hidden[:, -n_completion - 1 :].float()).squeeze(-1)
 
     def save_parts(self, folder: Path, state: dict[str, Tensor]) -> None:
@@ -228,7 +222,7 @@ class SharedBackbone(PolicyAndValue):
 def completion_logprobs(
     model: Any,
     input_ids: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     n_completion: int,
     *,
     temperature: float,
@@ -239,20 +233,28 @@ def completion_logprobs(
 
     The vocabulary is projected for the completion's positions alone where the model can (`logits_to_keep`).
     """
-    more = {"logits_to_keep": n_completion + 1} if keeps_logits else {}
-    logits = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids(attention_mask),
-        use_cache=False,
-        **more,
-    ).logits[:, -n_completion - 1 : -1]  # (B, T, V)
+    more = {"logits_to_keep": n_completion} if keeps_logits else {}
+    inputs = _inputs(*_without_last(input_ids, attention_mask))
+    logits = model(**inputs, **more).logits[:, -n_completion:]  # (B, T, V)
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()  # in half precision the two functions below differ
     tokens = input_ids[:, -n_completion:]
     if with_entropy:
         return selective_log_softmax_and_entropy(logits, tokens, temperature=temperature)
     return selective_log_softmax(logits, tokens, temperature=temperature), None
+
+
+def _without_last(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What the last token is predicted from."""
+    return input_ids[:, :-1], None if attention_mask is None else attention_mask[:, :-1]
+
+
+def _inputs(input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
+    """Without a mask the positions are the model's own, and attention can take its faster, purely causal form."""
+    inputs = {"input_ids": input_ids, "use_cache": False}
+    if attention_mask is not None:
+        inputs |= {"attention_mask": attention_mask, "position_ids": position_ids(attention_mask)}
+    return inputs
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:

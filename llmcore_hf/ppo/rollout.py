@@ -51,9 +51,11 @@ class Sequences:
         first, last = int(used[0]), int(used[-1]) + 1
         cut = self.attention_mask.shape[1] - last
         t = self.n_completion - cut
+        attention = attention[:, first:last]
         inputs = {
             "input_ids": self.input_ids[rows, first:last],
-            "attention_mask": attention[:, first:last],
+            # without padding before a prompt there is nothing to hide: what stands after a token it never sees
+            "attention_mask": None if attention[:, 0].all() else attention,
             "n_completion": t,
         }
         return inputs, t

@@ -297,9 +297,7 @@ class PPOTrainer(Trainer):
             return torch.where(mask > 0, per_token, 0.0).sum() / inputs["n_tokens"]
 
         pg, pg_clipped = losses.policy_loss(logprobs, inputs["old_logprobs"], inputs["advantages"], args.cliprange)
-        vf, vf_clipped = losses.value_loss(
-            values[:, :-1], inputs["old_values"], inputs["returns"], args.cliprange_value
-        )
+        vf, vf_clipped = losses.value_loss(values, inputs["old_values"], inputs["returns"], args.cliprange_value)
         loss = mean(pg) + args.vf_coef * mean(vf)
         if entropies is not None:
             loss = loss - args.entropy_coef * mean(entropies)
@@ -446,17 +444,17 @@ class PPOTrainer(Trainer):
         device = sequences.mask.device
         logprobs, entropies, ref_logprobs = (torch.zeros(n, t, device=device) for _ in range(3))
         values = torch.zeros(n, t + 1, device=device)
-        model = self.accelerator.unwrap_model(self.model_wrapped)
         with self.accelerator.autocast():  # in the precision of the update, or the first ratio is not 1
             for rows in self._groups(sequences):
                 inputs, own = sequences.select(rows)
                 mask = sequences.mask[rows, :own]
-                found, entropy = model.logprobs(**inputs, with_entropy=True)
+                found, entropy = self.model.logprobs(**inputs, with_entropy=True)
+                assert entropy is not None
                 logprobs[rows, :own] = found.float() * mask
                 entropies[rows, :own] = entropy.float() * mask
-                values[rows, : own + 1] = model.values(**inputs)
+                values[rows, : own + 1] = self.model.values(**inputs)
                 if self.kl_controller.value:
-                    ref_logprobs[rows, :own] = self._ref_logprobs(model, inputs).float() * mask
+                    ref_logprobs[rows, :own] = self._ref_logprobs(inputs).float() * mask
         if not self.kl_controller.value:
             ref_logprobs = logprobs
         return logprobs, entropies, ref_logprobs, values
@@ -469,7 +467,8 @@ class PPOTrainer(Trainer):
             return sequences.by_length(torch.arange(len(sequences.mask), device=sequences.mask.device), size)
         return sequences.by_similar_length(size)
 
-    def _ref_logprobs(self, model: PolicyAndValue, inputs: dict[str, Any]) -> Tensor:
+    def _ref_logprobs(self, inputs: dict[str, Any]) -> Tensor:
+        model = self.model
         how: dict[str, Any] = {"temperature": model.temperature, "keeps_logits": model.keeps_logits}
         if self.ref_model is not None:
             return completion_logprobs(self.ref_model, **inputs, **how)[0]
