@@ -100,7 +100,10 @@ def _dispatch(argv: list[str]) -> int:
 
         return launch(argv[1:], program())
     if argv and argv[0] in COURSE:
-        return int(import_module(COURSE[argv[0]]).main(argv[1:]))
+        from llmcore_hf.learning.texts import in_language_of
+
+        with in_language_of(argv):
+            return _course(argv)
     if "--version" in argv:
         print(f"llmcore_hf {__version__}")
         return 0
@@ -114,6 +117,11 @@ def _dispatch(argv: list[str]) -> int:
         print(USAGE.format(prog=program()))
         return 0 if wants_help else 2
     return _module_command([a for a in argv if a not in ("--help", "-h")], wants_help)
+
+
+def _course(argv: list[str]) -> int:
+    """A command of the course, whose errors are said in its language."""
+    return int(import_module(COURSE[argv[0]]).main(argv[1:]))
 
 
 def _module_command(argv: list[str], wants_help: bool) -> int:

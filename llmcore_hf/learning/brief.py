@@ -26,7 +26,17 @@ from llmcore_hf.report import show_observed
 # Longest spoken answer: three minutes and a little, at an easy pace.
 LIMIT = {"zh": 750, "en": 480}
 PER_MINUTE = {"zh": 240, "en": 130}
-FAILED_CHECKS_SPOKEN = 2
+ERROR_LENGTH = {"zh": 90, "en": 140}  # characters of an error message that are said aloud
+# How the most important checks that failed or warned are said, the fullest first: what fits is taken.
+CHECKS_SPOKEN = (
+    ("observed", "observed"),
+    ("observed", "why"),
+    ("why", "why"),
+    ("why", "name"),
+    ("why",),
+    ("name",),
+    (),
+)
 
 HEADINGS = {
     "definition": {"zh": "一、定义（30 秒）", "en": "1. Definition (30 s)"},
@@ -45,6 +55,10 @@ WORDS = {
         "zh": "运行 `{run_id}`，状态 {status}，检查 {passed}/{total} 通过，种子 {seed}，{seconds:.0f} 秒。命令：`{command}`",
         "en": "Run `{run_id}`, status {status}, {passed} of {total} checks passed, seed {seed}, {seconds:.0f} s. Command: `{command}`",
     },
+    "run_failed": {
+        "zh": "**没有成功（状态 {status}；{failed} 条检查没有通过，{warned} 条警告）。** 运行 `{run_id}`，种子 {seed}，{seconds:.0f} 秒；另有 {passed} 条检查通过，但没有成功的运行不算成果。命令：`{command}`",
+        "en": "**It did not succeed (status {status}; {failed} checks failed, {warned} warned).** Run `{run_id}`, seed {seed}, {seconds:.0f} s; {passed} other checks passed, but a run that did not succeed is no result. Command: `{command}`",
+    },
     "length": {
         "zh": "（口稿共 {n} 字，按每分钟 {rate} 字约 {minutes:.1f} 分钟；公式写在白板上，不计入。）",
         "en": "({n} words to speak, about {minutes:.1f} minutes at {rate} a minute; the formula goes on the whiteboard and is not counted.)",
@@ -62,15 +76,34 @@ WORDS = {
         "en": "It did not come to its end, and numbers from half-way are no result. Next I go on from the newest complete checkpoint, finish it, and only then draw conclusions.",
     },
     "error": {"zh": "它报错停下：{error}。", "en": "It stopped with an error: {error}."},
-    "check_failed": {
+    "no_reason": {"zh": "原因没有记下来", "en": "its reason was not recorded"},
+    "fail_observed": {
         "zh": "检查 {id} 没有通过，实测 {observed}。{why}",
         "en": "The check {id} failed: {observed}. {why}",
     },
+    "fail_why": {"zh": "检查 {id} 没有通过。{why}", "en": "The check {id} failed. {why}"},
+    "fail_name": {"zh": "检查 {id} 没有通过。", "en": "The check {id} failed."},
     "others_passed": {"zh": "其余 {n} 条检查通过了。", "en": "The other {n} checks passed."},
-    "more_failed": {"zh": "另有 {n} 条检查没有通过。", "en": "{n} more checks failed."},
-    "warned": {
+    "more": {
+        "zh": "还有 {failed} 条检查没有通过、{warned} 条警告，都列在 summary.json 的 checks 里。",
+        "en": "{failed} more checks failed and {warned} more warned; `checks` in summary.json lists them all.",
+    },
+    "warn_observed": {
+        "zh": "检查 {id} 只得到警告，实测 {observed}，所以我不说这一点学会了。{why}",
+        "en": "The check {id} ended in a warning: {observed}, so I don't say that this was learned. {why}",
+    },
+    "warn_why": {
         "zh": "检查 {id} 只得到警告，所以我不说这一点学会了。{why}",
         "en": "The check {id} ended in a warning, so I don't say that this was learned. {why}",
+    },
+    "warn_name": {"zh": "检查 {id} 只得到警告。", "en": "The check {id} ended in a warning."},
+    "not_evaluated": {
+        "zh": "这次运行跑完了，但没有做评估（summary.json 里 eval 是空的）：训练前后没有比较过，所以我不宣称任何成果。",
+        "en": "This run came to its end, but nothing was evaluated (eval in summary.json is empty): before and after were not compared, so I claim no result.",
+    },
+    "evaluate_next": {
+        "zh": "下一步：带着评估集重跑一次，再看变化的 95% 区间是否不含零。",
+        "en": "Next: run it again with held-out data, and see whether the 95% interval of the change excludes zero.",
     },
     "next": {"zh": "下一步：{text}", "en": "Next: {text}"},
     "nothing": {
@@ -137,6 +170,11 @@ class Source:
     pitfalls: tuple[Text, ...]
     limits: tuple[Claim, ...]
 
+    @property
+    def rests_on_evaluation(self) -> bool:
+        """Whether its result is read from `eval`; lessons with exact values measure in their checks instead."""
+        return any(path[0] == "eval" for claim in self.result for path in claim.values.values())
+
     def claims(self) -> Iterator[Claim]:
         """Every claim of the brief."""
         yield from self.result
@@ -186,34 +224,82 @@ def spoken_length(text: str, language: str) -> int:
 
 def result_of(source: Source, run: Run, language: str) -> str:
     """What can be said about the run, no longer than the spoken answer may be."""
-    if not run.succeeded:
-        return _join(_failure(source, run, language), language)
     fixed = [getattr(source, name)[language] for name in SPOKEN if name != "result"]
-    said = [_word("warned", language, id=c["id"], why=c[f"why_{language}"]) for c in run.with_status("warn")]
-    for claim in source.result:
-        sentence = claim.say(run, language)
-        if sentence and _total([*fixed, *said, sentence], language) <= LIMIT[language]:
-            said.append(sentence)
-    return _join(said or [_word("nothing", language)], language)
+    room = LIMIT[language] - _total(fixed, language)
+    say = _success if run.succeeded else _failure
+    return _join(say(source, run, language, room) or [_word("nothing", language)], language)
 
 
-def _failure(source: Source, run: Run, language: str) -> list[str]:
-    failed, status = run.with_status("fail"), run.summary["status"]
+def _success(source: Source, run: Run, language: str, room: int) -> list[str]:
+    said = [_word("not_evaluated", language)] if _not_evaluated(source, run) else []
+    said += _problems(run, language, room - _total(said, language))
+    more = [claim.say(run, language) for claim in _result_claims(source, run)]
+    if _not_evaluated(source, run):
+        more.append(_word("evaluate_next", language))
+    elif run.with_status("warn"):
+        more.append(_word("next", language, text=source.next[language]))
+    return _fill(said, more, language, room)
+
+
+def _failure(source: Source, run: Run, language: str, room: int) -> list[str]:
+    status, failed = run.summary["status"], run.with_status("fail")
     said = [_word("no_success", language)]
     if status in ("diverged", "interrupted"):
         said.append(_word(status, language))
     elif not failed:
-        said.append(_word("error", language, error=str(run.summary.get("error")).rstrip(".。")))
-    for check in failed[:FAILED_CHECKS_SPOKEN]:
-        observed = show_observed(check["observed"])
-        said.append(_word("check_failed", language, id=check["id"], observed=observed, why=check[f"why_{language}"]))
-    if len(failed) > FAILED_CHECKS_SPOKEN:
-        said.append(_word("more_failed", language, n=len(failed) - FAILED_CHECKS_SPOKEN))
+        said.append(_word("error", language, error=_error(run, language)))
+    said += _problems(run, language, room - _total(said, language))
+    more: list[str | None] = []
     if failed and (passed := run.with_status("pass")):
-        said.append(_word("others_passed", language, n=len(passed)))
+        more.append(_word("others_passed", language, n=len(passed)))
     if status not in ("diverged", "interrupted"):
-        said.append(_word("next", language, text=source.next[language]))
+        more.append(_word("next", language, text=source.next[language]))
+    return _fill(said, more, language, room)
+
+
+def _fill(said: list[str], more: list[str | None], language: str, room: int) -> list[str]:
+    """What is said, and of the other sentences each that still fits."""
+    for sentence in more:
+        if sentence and _total([*said, sentence], language) <= room:
+            said = [*said, sentence]
     return said
+
+
+def _problems(run: Run, language: str, room: int) -> list[str]:
+    """The two most important checks that failed or warned, as fully as there is room for, and how many more there are."""
+    found = run.with_status("fail") + run.with_status("warn")
+    found.sort(key=lambda check: (check["status"] != "fail", check.get("kind") != "invariant"))
+    said: list[str] = []
+    for forms in CHECKS_SPOKEN if found else ():
+        named, rest = found[: len(forms)], found[len(forms) :]
+        said = [_check_sentence(check, form, language) for check, form in zip(named, forms, strict=False)]
+        if rest:
+            counts = [sum(check["status"] == status for check in rest) for status in ("fail", "warn")]
+            said.append(_word("more", language, failed=counts[0], warned=counts[1]))
+        if _total(said, language) <= room:
+            break
+    return said
+
+
+def _check_sentence(check: dict[str, Any], form: str, language: str) -> str:
+    values = {"id": check["id"], "observed": show_observed(check["observed"]), "why": check[f"why_{language}"]}
+    return _word(f"{check['status']}_{form}", language, **values)
+
+
+def _error(run: Run, language: str) -> str:
+    """The error in a line that can be said aloud."""
+    error = " ".join(str(run.summary.get("error") or _word("no_reason", language)).split()).rstrip(".。")
+    most = ERROR_LENGTH[language]
+    return error if len(error) <= most else f"{error[:most]}…"
+
+
+def _not_evaluated(source: Source, run: Run) -> bool:
+    return run.succeeded and source.rests_on_evaluation and not run.summary.get("eval")
+
+
+def _result_claims(source: Source, run: Run) -> tuple[Claim, ...]:
+    """The claims of a result; none when nothing was evaluated."""
+    return () if _not_evaluated(source, run) else source.result
 
 
 def _word(key: str, language: str, **values: Any) -> str:
@@ -237,9 +323,11 @@ def spoken(source: Source, run: Run | None, language: str) -> dict[str, str]:
 def limits_of(source: Source, run: Run, language: str) -> list[str]:
     """What this run does not show: said by the module, and read from the summary."""
     said = [sentence for claim in source.limits if (sentence := claim.say(run, language))]
+    if _not_evaluated(source, run):
+        said.insert(0, _word("not_evaluated", language))
     said.append(_word("one_seed", language, seed=run.summary.get("seed")))
     if run.summary.get("toy"):
-        as_promised = run.succeeded and not run.with_status("warn")
+        as_promised = run.succeeded and not run.with_status("warn") and not _not_evaluated(source, run)
         said.append(_word("toy" if as_promised else "toy_that_failed", language))
     said += [_word("check_skipped", language, id=check["id"]) for check in run.with_status("skip")]
     said += [
@@ -265,6 +353,8 @@ def sources_of(source: Source, run: Run) -> dict[str, Any]:
     """Path -> value of every number that the claims of the brief took from the summary."""
     found: dict[str, Any] = {}
     for claim in source.claims():
+        if claim in source.result and claim not in _result_claims(source, run):
+            continue
         if run.succeeded and (values := claim.found(run)):
             found |= {" / ".join(map(str, path)): values[name] for name, path in claim.values.items()}
     return found
@@ -298,9 +388,12 @@ def markdown(source: Source, run: Run, language: str) -> str:
 def _about(run: Run, language: str) -> str:
     summary = run.summary
     return _word(
-        "run",
+        "run" if run.succeeded else "run_failed",
         language,
-        passed=len(run.with_status("pass")),
+        **{
+            name: len(run.with_status(status))
+            for status, name in (("pass", "passed"), ("fail", "failed"), ("warn", "warned"))
+        },
         total=len(run.checks),
         seconds=summary.get("wall_seconds") or 0,
         **{name: summary.get(name) for name in ("run_id", "status", "seed", "command")},

@@ -21,11 +21,11 @@ from typing import Any
 
 from llmcore_hf import registry, resources
 from llmcore_hf.durability import write_atomically
-from llmcore_hf.errors import ConfigError, UserError
+from llmcore_hf.errors import UserError
 from llmcore_hf.learning import evidence, items, quiz, state
 from llmcore_hf.learning.evidence import Run
 from llmcore_hf.learning.items import Choice, Item
-from llmcore_hf.learning.texts import Parser, read_yaml
+from llmcore_hf.learning.texts import Parser, WrongOptions, read_yaml, say
 
 ROOT = Path("output/bugzoo")
 ANSWER = "bugzoo-"  # the ids of answers in the state file begin with it
@@ -134,8 +134,12 @@ def prepare(seed: int, language: str, root: Path = ROOT) -> Case:
     module = module_of(bug)
     case = Case(seed, folder, bug, *(evidence.read(runs / name, module) for name in ("healthy", "broken")))
     if unclear := [row for row in telltales(case) if not row.holds]:
+        n = f"{len(unclear)}/{len(telltales(case))}"
         raise UserError(
-            f"the runs of seed {seed} do not show their bug clearly ({len(unclear)} of {len(telltales(case))} marks): take another --seed"
+            say(
+                zh=f"种子 {seed} 的两次运行看不清它的错（{n} 个特征不明显）：换一个 --seed",
+                en=f"the runs of seed {seed} do not show their bug clearly ({n} marks are missing): take another --seed",
+            )
         )
     return case
 
@@ -153,7 +157,8 @@ def _make(folder: Path, bug: str, seed: int) -> Path:
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=env, check=False).returncode
     if code:
         lines = (scratch / "output.txt").read_text(encoding="utf-8").strip().splitlines()
-        raise UserError(f"the runs could not be made: {lines[-1] if lines else f'exit code {code}'}")
+        why = lines[-1] if lines else f"exit code {code}"
+        raise UserError(say(zh=f"这两次运行没有做成：{why}", en=f"the runs could not be made: {why}"))
     os.replace(scratch, folder / SEALED)
     return folder / SEALED
 
@@ -374,7 +379,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--list", action="store_true", help="the bugs of the zoo, and which you have recognized")
     args = parser.parse_args(argv)
     if args.seed is not None and not 0 <= args.seed < 2**32:
-        raise ConfigError([f"--seed {args.seed}: 0 to {2**32 - 1}"])
+        raise WrongOptions(
+            say(zh=f"--seed {args.seed}：要在 0 到 {2**32 - 1} 之间", en=f"--seed {args.seed}: 0 to {2**32 - 1}")
+        )
     if args.list:
         print(overview(args.lang))
         return 0

@@ -14,7 +14,7 @@ from llmcore_hf.errors import UserError
 from llmcore_hf.learning import brief, evidence, plan
 from llmcore_hf.learning.evidence import Run
 from llmcore_hf.learning.plan import replace_between
-from llmcore_hf.learning.texts import LANGUAGES, Parser
+from llmcore_hf.learning.texts import LANGUAGES, Parser, say
 from llmcore_hf.report import show_observed
 
 MARKED = ("evidence", "answer")
@@ -120,7 +120,12 @@ def main(argv: list[str]) -> int:
             print(file)
         return 0
     if not args.module:
-        raise UserError("say which card to show (--module dpo), or bring all up to date (--update)")
+        raise UserError(
+            say(
+                zh="请说要看哪张卡片（--module dpo），或更新全部（--update）",
+                en="say which card to show (--module dpo), or bring all up to date (--update)",
+            )
+        )
     card, run = fresh(args.module, args.lang), evidence.latest(args.module)
     print(updated(card, args.module, run, args.lang, card_name(args.module, args.lang)), end="")
     return 0

@@ -10,7 +10,7 @@ from llmcore_hf import resources
 from llmcore_hf.durability import write_atomically
 from llmcore_hf.errors import UserError
 from llmcore_hf.learning.formulas import evaluate
-from llmcore_hf.learning.texts import LANGUAGES, Parser, Text, read_yaml
+from llmcore_hf.learning.texts import LANGUAGES, Parser, Text, read_yaml, say
 
 PAGES = {"zh": "CHEATSHEET.md", "en": "CHEATSHEET.en.md"}
 SECTIONS = {
@@ -156,7 +156,12 @@ def main(argv: list[str]) -> int:
         return 0
     folder = Path("learning")
     if not folder.is_dir():
-        raise UserError("there is no folder learning/ here: run this in a checkout of the project")
+        raise UserError(
+            say(
+                zh="这里没有 learning/ 目录：请在项目的代码目录里执行",
+                en="there is no folder learning/ here: run this in a checkout of the project",
+            )
+        )
     for language in LANGUAGES:
         write_atomically(folder / PAGES[language], page(language))
         print(folder / PAGES[language])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcore_hf.errors import UserError
+from llmcore_hf.learning.texts import read_yaml, say
 
 SUMMARY, OPTIONS = "summary.json", "resolved_config.yaml"
 
@@ -28,8 +30,6 @@ class Run:
     @cached_property
     def options(self) -> dict[str, Any]:
         """The resolved options of the run; empty when the file is missing."""
-        from llmcore_hf.learning.texts import read_yaml
-
         file = self.path / OPTIONS
         found = read_yaml(file) if file.is_file() else None
         return found if isinstance(found, dict) else {}
@@ -70,18 +70,32 @@ def read(path: Path, module: str | None = None) -> Run:
     """
     file = path / SUMMARY
     if not file.is_file():
-        raise UserError(f"{path} holds no {SUMMARY}: name the directory of a run, such as output/dpo/latest")
+        raise UserError(
+            say(
+                zh=f"{path} 里没有 {SUMMARY}：请给出一次运行的目录，例如 output/dpo/latest",
+                en=f"{path} holds no {SUMMARY}: name the directory of a run, such as output/dpo/latest",
+            )
+        )
     try:
         summary = json.loads(file.read_text(encoding="utf-8"))
         run = Run(path.resolve(), summary)
         found = summary["module"], summary["status"], summary["run_id"]
         _check(summary)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        why = f"{type(error).__name__}: {error}"
         raise UserError(
-            f"{file} is damaged ({type(error).__name__}: {error}): mend it, or delete that folder"
+            say(
+                zh=f"{file} 已损坏（{why}）：修好它，或删掉这个目录",
+                en=f"{file} is damaged ({why}): mend it, or delete that folder",
+            )
         ) from None
     if module is not None and found[0] != module:
-        raise UserError(f"{path} is a run of `{found[0]}`, not of `{module}`")
+        raise UserError(
+            say(
+                zh=f"{path} 是 `{found[0]}` 的运行，不是 `{module}` 的",
+                en=f"{path} is a run of `{found[0]}`, not of `{module}`",
+            )
+        )
     return run
 
 
@@ -107,13 +121,28 @@ def latest(module: str, root: Path = Path("output")) -> Run | None:
     folder = root / module
     if (folder / "latest" / SUMMARY).is_file():
         return read(folder / "latest", module)
-    return max(all_runs(module, root), key=_started_at, default=None)
+    runs, damaged = all_runs(module, root)
+    if damaged:
+        raise UserError(damaged[0])
+    return runs[-1] if runs else None
 
 
-def all_runs(module: str, root: Path = Path("output")) -> list[Run]:
-    """Every run of a module below `root`, oldest first."""
-    folders = {file.parent.resolve() for file in (root / module).glob(f"*/{SUMMARY}")}
-    return sorted((read(folder, module) for folder in folders), key=_started_at)
+def all_runs(module: str, root: Path = Path("output")) -> tuple[list[Run], list[str]]:
+    """Every readable run of a module below `root`, oldest first, and for each of the others what is wrong with it."""
+    runs, damaged = [], []
+    for folder in sorted({file.parent.resolve() for file in (root / module).glob(f"*/{SUMMARY}")}):
+        try:
+            runs.append(read(folder, module))
+        except UserError as error:
+            damaged.append(str(error))
+    return sorted(runs, key=_started_at), damaged
+
+
+def tell_damaged(messages: list[str]) -> int:
+    """Say which records were left out, after what could be shown; the exit code of the command: 1 if there were any."""
+    for message in messages:
+        print(say(zh=f"跳过：{message}", en=f"left out: {message}"), file=sys.stderr)
+    return 1 if messages else 0
 
 
 def _started_at(run: Run) -> str:

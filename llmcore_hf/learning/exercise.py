@@ -21,9 +21,9 @@ from typing import Any
 
 from llmcore_hf import resources
 from llmcore_hf.durability import write_atomically
-from llmcore_hf.errors import ConfigError, UserError
+from llmcore_hf.errors import UserError
 from llmcore_hf.learning import state
-from llmcore_hf.learning.texts import Parser, Text, read_yaml
+from llmcore_hf.learning.texts import Parser, Text, WrongOptions, nearest, read_yaml, say
 
 FOLDER = "learning/exercises"
 SECONDS = 10.0  # for each property; the checkers' own inputs take milliseconds
@@ -92,13 +92,15 @@ def load_all() -> dict[str, Exercise]:
 
 def get(id: str) -> Exercise:
     """Raises `ConfigError` when there is no such exercise; the message suggests the nearest name."""
-    import difflib
-
     if found := load_all().get(id):
         return found
-    close = difflib.get_close_matches(id, load_all(), n=1, cutoff=0.5)
-    hint = f" Did you mean `{close[0]}`?" if close else ""
-    raise ConfigError([f"there is no exercise `{id}`.{hint} There are: {', '.join(load_all())}"])
+    hint, listed = nearest(id, load_all()), ", ".join(load_all())
+    raise WrongOptions(
+        say(
+            zh=f"没有手撕题 `{id}`。{hint}有这些：{listed}",
+            en=f"there is no exercise `{id}`.{hint} There are: {listed}",
+        )
+    )
 
 
 # ---------------------------------------------------------------- checking
@@ -114,8 +116,12 @@ def check(exercise: Exercise, file: Path, seconds: float = SECONDS) -> list[Row]
         UserError: the file is not there, or the process could not grade.
     """
     if not file.is_file():
+        offer = f"python scripts/exercise.py show {exercise.id} --save {file}"
         raise UserError(
-            f"{file}: there is no such file; `exercise show {exercise.id} --save {file}` writes one to fill in"
+            say(
+                zh=f"{file}：没有这个文件；`{offer}` 写一份来填",
+                en=f"{file}: there is no such file; `{offer}` writes one to fill in",
+            )
         )
     with tempfile.TemporaryDirectory(prefix="llmcore-exercise-") as folder:
         results = Path(folder) / "results.jsonl"
@@ -134,7 +140,12 @@ def check(exercise: Exercise, file: Path, seconds: float = SECONDS) -> list[Row]
         code = subprocess.run(command, stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": paths}).returncode
         rows = _read(results)
         if not rows:
-            raise UserError(f"the checker of `{exercise.id}` could not start (see above)")
+            raise UserError(
+                say(
+                    zh=f"`{exercise.id}` 的检查程序没能启动（原因见上）",
+                    en=f"the checker of `{exercise.id}` could not start (see above)",
+                )
+            )
         if "end" in rows[-1]:
             return [row for row in rows if "status" in row]
         trace = results.with_suffix(".trace").read_text(encoding="utf-8")
@@ -216,7 +227,12 @@ def _show(exercise: Exercise, language: str, solution: bool, save: str | None) -
     code = exercise.file("solution.py" if solution else "task.py").read_text(encoding="utf-8")
     if save:
         if Path(save).exists():
-            raise UserError(f"{save} exists already: name another file, so that nothing of yours is lost")
+            raise UserError(
+                say(
+                    zh=f"{save} 已经存在：请换个文件名，免得覆盖你写的内容",
+                    en=f"{save} exists already: name another file, so that nothing of yours is lost",
+                )
+            )
         write_atomically(Path(save), code)
         print(save)
         return
@@ -254,13 +270,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--solution", action="store_true", help="show: the reference solution instead of the task")
     parser.add_argument("--save", metavar="FILE", help="show: write the file to fill in there")
     args = parser.parse_args(argv)
-    problems = [f"--{name} is for `{action}`" for name, action in (("file", "check"), ("solution", "show"), ("save", "show")) if getattr(args, name) and args.action != action]  # fmt: skip
+    problems = [say(zh=f"--{name} 只用于 `{action}`", en=f"--{name} is for `{action}`") for name, action in (("file", "check"), ("solution", "show"), ("save", "show")) if getattr(args, name) and args.action != action]  # fmt: skip
     if (args.id is None) != (args.action == "list"):
-        problems.append("`list` stands alone; `show` and `check` need the id of an exercise")
+        problems.append(
+            say(
+                zh="`list` 后面什么都不跟；`show` 和 `check` 后面要跟题目的 id",
+                en="`list` stands alone; `show` and `check` need the id of an exercise",
+            )
+        )
     if not args.seconds > 0:
-        problems.append(f"--seconds {args.seconds:g}: greater than 0")
+        problems.append(
+            say(zh=f"--seconds {args.seconds:g}：要大于 0", en=f"--seconds {args.seconds:g}: greater than 0")
+        )
     if problems:
-        raise ConfigError(problems)
+        raise WrongOptions(*problems)
     if args.action == "list":
         print(listing(args.lang), end="")
         return 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import sys
 from html import escape
 from pathlib import Path
 
@@ -21,7 +24,19 @@ WORDS = {
     },
     "no_run": {"zh": "还没有运行：`{command}`", "en": "no run yet: `{command}`"},
     "no_brief": {"zh": "这个模块还没有口稿", "en": "this module has no brief yet"},
+    "damaged": {"zh": "运行记录已损坏", "en": "the record of its run is damaged"},
+    "no_success": {"zh": "没有成功（{status}）", "en": "did not succeed ({status})"},
+    "stale": {
+        "zh": "{file} 讲的运行已经不在了，但它被改过，所以没有删：不需要了就自己删掉",
+        "en": "{file} speaks of a run that is gone, but it was changed by hand and is left there: delete it if you don't need it",
+    },
+    "removed": {"zh": "删去过时的 {file}", "en": "removed {file}, whose run is gone"},
+    "unknown": {
+        "zh": "{file} 已损坏：不知道这里哪些文件是以前导出的，过时的口稿要自己删",
+        "en": "{file} is damaged: which files here are of an earlier export is not known, so delete outdated briefs yourself",
+    },
     "planned": {"zh": "尚未加入", "en": "not there yet"},
+    "done": {"zh": "{folder}/：{n} 份口稿、index.md、index.html", "en": "{folder}/: {n} briefs, index.md, index.html"},
     "print": {"zh": "[打印版](index.html)", "en": "[page to print](index.html)"},
     "nothing": {
         "zh": "没有找到任何运行（在 output/ 里找）。先跑一个模块，例如：python run.py --module mdp --toy",
@@ -54,23 +69,30 @@ ul.sources { font-size: .8em; line-height: 1.35; overflow-wrap: anywhere; }
 """
 
 
-def pages(language: str) -> dict[str, tuple[Run, str]]:
-    """Module -> its latest run and its brief, for those that have both, in the order of days."""
-    found = {}
+# In the folder of the briefs: name -> SHA-256 of what the last export wrote there.
+WRITTEN = ".written_by_export.json"
+
+
+def pages(language: str) -> tuple[dict[str, tuple[Run, str]], dict[str, str]]:
+    """Module -> its latest run and its brief, for those that have both, in the order of days; module -> what is damaged."""
+    found, damaged = {}, {}
     for module in sorted(registry.MODULES, key=lambda module: module.day):
-        source, run = brief.load(module.name), evidence.latest(module.name)
-        if source and run:
-            found[module.name] = run, brief.markdown(source, run, language)
-    return found
+        try:
+            source, run = brief.load(module.name), evidence.latest(module.name)
+            if source and run:
+                found[module.name] = run, brief.markdown(source, run, language)
+        except UserError as error:
+            damaged[module.name] = str(error)
+    return found, damaged
 
 
-def index(found: dict[str, tuple[Run, str]], language: str) -> str:
+def index(found: dict[str, tuple[Run, str]], damaged: dict[str, str], language: str) -> str:
     """The list of all modules, of those that have no run yet, and of planned days whose module is missing."""
     lines = [f"# {WORDS['title'][language]}", "", WORDS["print"][language], "", WORDS["head"][language]]
     lines.append("| --- | --- | --- | --- | --- | --- |")
     rows: list[tuple[int, str, str]] = []
     for module in registry.MODULES:
-        rows.append((module.day, module.name, _row(module, found, language)))
+        rows.append((module.day, module.name, _row(module, found, damaged, language)))
     for day in plan.load().days:
         if not plan.find(day.module):
             rows.append((day.day, day.module, f"{WORDS['planned'][language]} | | |"))
@@ -78,12 +100,16 @@ def index(found: dict[str, tuple[Run, str]], language: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _row(module: Module, found: dict[str, tuple[Run, str]], language: str) -> str:
+def _row(module: Module, found: dict[str, tuple[Run, str]], damaged: dict[str, str], language: str) -> str:
     name, title = module.name, {"zh": module.title_zh, "en": module.title_en}[language]
     if name in found:
         run = found[name][0]
-        checks = f"{len(run.with_status('pass'))}/{len(run.checks)}"
-        return f"[{title}]({name}.md) | `{run.summary['run_id']}` | {run.summary['status']} | {checks}"
+        status, checks = run.summary["status"], f"{len(run.with_status('pass'))}/{len(run.checks)}"
+        if not run.succeeded:
+            status, checks = f"**{WORDS['no_success'][language].format(status=status)}**", "—"
+        return f"[{title}]({name}.md) | `{run.summary['run_id']}` | {status} | {checks}"
+    if name in damaged:
+        return f"{WORDS['damaged'][language]} | | |"
     if brief.load(name) is None:
         return f"{WORDS['no_brief'][language]} | | |"
     command = f"python run.py --module {name} --toy"
@@ -112,15 +138,46 @@ def main(argv: list[str]) -> int:
     parser = Parser("export", "Write the briefs of all modules that have a run, an index, and a page to print.")
     parser.add_argument("--to", metavar="DIR", help="where to write (default: output/briefs/<lang>)")
     args = parser.parse_args(argv)
-    found = pages(args.lang)
-    if not found:
-        raise UserError(WORDS["nothing"][args.lang])
+    found, damaged = pages(args.lang)
     folder = Path(args.to) if args.to else Path("output") / "briefs" / args.lang
-    index_page = index(found, args.lang)
+    if not found:
+        remove_stale(folder, set(), args.lang)
+        raise UserError("\n".join(damaged.values()) or WORDS["nothing"][args.lang])
+    index_page = index(found, damaged, args.lang)
     files = {f"{name}.md": page for name, (_, page) in found.items()}
     files |= {"index.md": index_page, "index.html": html(found, index_page, args.lang)}
     folder.mkdir(parents=True, exist_ok=True)
+    remove_stale(folder, set(files), args.lang)
+    hashes = {name: _sha256(content.encode()) for name, content in files.items()}
+    write_atomically(folder / WRITTEN, json.dumps(hashes, indent=1) + "\n")
     for name, content in files.items():
         write_atomically(folder / name, content)
-    print(f"{folder}/: {len(found)} briefs, index.md, index.html")
-    return 0
+    print(WORDS["done"][args.lang].format(folder=folder, n=len(found)))
+    return evidence.tell_damaged(list(damaged.values()))
+
+
+def remove_stale(folder: Path, wanted: set[str], language: str) -> None:
+    """Delete what an earlier export wrote and this one does not. A file that was changed since is reported and left there."""
+    record = folder / WRITTEN
+    if not record.exists():
+        return
+    try:
+        written = json.loads(record.read_text(encoding="utf-8"))
+        stale = sorted((folder / name, digest) for name, digest in written.items() if name not in wanted)
+    except (ValueError, AttributeError, TypeError):
+        print(WORDS["unknown"][language].format(file=record), file=sys.stderr)
+        return
+    for file, digest in stale:
+        if file.parent != folder or not file.is_file():
+            continue
+        if _sha256(file.read_bytes()) == digest:
+            file.unlink()
+            print(WORDS["removed"][language].format(file=file))
+        else:
+            print(WORDS["stale"][language].format(file=file), file=sys.stderr)
+    if not wanted:
+        record.unlink()
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

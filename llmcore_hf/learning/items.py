@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from typing import Any
 
 from llmcore_hf import resources
 from llmcore_hf.learning import evidence
+from llmcore_hf.learning.claims import holds
+from llmcore_hf.learning.formulas import evaluate
 from llmcore_hf.learning.texts import Text, read_yaml
 
 LEVELS = (1, 2, 3, 4, 5)
@@ -47,7 +50,7 @@ class Item:
     points: tuple[dict[str, Any], ...] = ()  # short: what has to be mentioned, `any` of some words
     curve: dict[str, Any] | None = None  # `x`, `series`, `produced_by`
     run: dict[str, Any] | None = (
-        None  # `module`, `values`, `ask_zh`, `ask_en`, `answer`: what the learner's own run adds
+        None  # `module`, `values`, `when`, `ask_zh`, `ask_en`, `answer`: what the learner's own run adds
     )
 
 
@@ -96,14 +99,16 @@ def _text(row: dict[str, Any], prefix: str = "") -> Text:
 
 
 def about_run(item: Item) -> Item:
-    """The item, asked about the learner's own latest run where it can be and the run has the values."""
+    """The item, asked about the learner's own latest run where the run succeeded, has the values, and meets `when`."""
     if item.run is None or (run := evidence.latest(item.run["module"])) is None:
         return item
+    if not run.succeeded or not all(holds(condition, run) for condition in item.run.get("when", ())):
+        return item
     values = {name: run.look_up(path) for name, path in item.run["values"].items()}
-    if any(not isinstance(value, int | float) for value in values.values()):
+    if any(not isinstance(value, int | float) or not math.isfinite(value) for value in values.values()):
         return item
     ask = {language: item.run[f"ask_{language}"].format(**values) for language in ("zh", "en")}
-    answer = float(values[item.run["answer"]]) if "answer" in item.run else item.answer
+    answer = float(evaluate(item.run["answer"], values)) if "answer" in item.run else item.answer
     # the traps are those of the general question, whose numbers are others
     traps = () if "answer" in item.run else item.traps
     return Item(**{**item.__dict__, "ask": ask, "answer": answer, "traps": traps, "run": None})

@@ -13,7 +13,7 @@ from llmcore_hf import registry, resources
 from llmcore_hf.durability import write_atomically
 from llmcore_hf.errors import UserError
 from llmcore_hf.learning import exercise
-from llmcore_hf.learning.texts import LANGUAGES, Parser, Text, read_yaml
+from llmcore_hf.learning.texts import LANGUAGES, Parser, Text, WrongOptions, nearest, read_yaml, say
 from llmcore_hf.registry import Module
 
 GUIDES = {"zh": "LEARNING_GUIDE.md", "en": "LEARNING_GUIDE.en.md"}
@@ -78,9 +78,21 @@ def require(name: str) -> Module:
     planned = {name: f"level {level.level}" for level in plan.levels for name in level.modules} | planned
     if find(name) is None and name in planned:
         raise UserError(
-            f"`{name}` ({planned[name]}) is planned, but not there yet: `python run.py --list` shows what is"
+            say(
+                zh=f"`{name}`（{planned[name]}）在计划里，但还没有加入：`python run.py --list` 列出已有的模块",
+                en=f"`{name}` ({planned[name]}) is planned, but not there yet: `python run.py --list` shows what is",
+            )
         )
-    return registry.get(name)
+    if not (module := find(name)):
+        names = [module.name for module in registry.MODULES]
+        listed, hint = ", ".join(names), nearest(name, names)
+        raise WrongOptions(
+            say(
+                zh=f"没有模块 `{name}`。{hint}有这些：{listed}",
+                en=f"there is no module `{name}`.{hint} There are: {listed}",
+            )
+        )
+    return module
 
 
 # ---------------------------------------------------------------- the guide
@@ -159,7 +171,10 @@ def replace_between(text: str, name: str, content: str, file: str) -> str:
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise UserError(
-            f"{file}: it needs one line `{begin}` and after it one line `{end}`; put them back and try again"
+            say(
+                zh=f"{file}：要有一行 `{begin}`，它后面要有一行 `{end}`；把它们放回去再试",
+                en=f"{file}: it needs one line `{begin}` and after it one line `{end}`; put them back and try again",
+            )
         )
     head, tail = text[: text.index(begin) + len(begin)], text[text.index(end) :]
     return f"{head}\n{content}\n{tail}"
@@ -184,7 +199,12 @@ def main(argv: list[str]) -> int:
     for language in LANGUAGES:
         file = Path(GUIDES[language])
         if not file.is_file():
-            raise UserError(f"{file} is not in this directory: run this in a checkout of the project")
+            raise UserError(
+                say(
+                    zh=f"这个目录里没有 {file}：请在项目的代码目录里执行",
+                    en=f"{file} is not in this directory: run this in a checkout of the project",
+                )
+            )
         write_atomically(file, updated_guide(file, language))
         print(file)
     return 0

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from llmcore_hf import registry
 from llmcore_hf.durability import write_atomically
-from llmcore_hf.errors import ConfigError, UserError
+from llmcore_hf.errors import UserError
 from llmcore_hf.learning import bugzoo, evidence, exercise, items, plan, quiz, state
-from llmcore_hf.learning.evidence import SUMMARY, Run
-from llmcore_hf.learning.texts import Parser
+from llmcore_hf.learning.evidence import SUMMARY, Run, tell_damaged
+from llmcore_hf.learning.texts import Parser, WrongOptions, say
 
 WORDS = {
     "title": {"zh": "# 进度", "en": "# Progress"},
@@ -33,6 +33,7 @@ WORDS = {
     "and": {"zh": "；", "en": "; "},
     "planned": {"zh": "模块尚未加入", "en": "module not there yet"},
     "no_run": {"zh": "还没有运行", "en": "no run yet"},
+    "damaged": {"zh": "记录已损坏", "en": "its record is damaged"},
     "not_passed": {"zh": "（不算）", "en": " (does not count)"},
     "lack_run": {"zh": "`{name}` 的运行", "en": "a run of `{name}`"},
     "lack_pass": {"zh": "`{name}` 的一次没有失败和警告的运行", "en": "a run of `{name}` without failures and warnings"},
@@ -71,9 +72,8 @@ def proven(run: Run | None) -> bool:
     return run is not None and run.succeeded and bool(run.with_status("pass")) and not run.with_status("warn")
 
 
-def counted(module: str) -> Run | None:
+def counted(runs: list[Run]) -> Run | None:
     """The newest run that counts; where none does, the latest."""
-    runs = evidence.all_runs(module)
     return next((run for run in reversed(runs) if proven(run)), runs[-1] if runs else None)
 
 
@@ -117,6 +117,7 @@ class Progress:
     runs: dict[str, Run | None]  # every module of the registry and of the plan
     levels: list[LevelProgress]
     bugs: dict[str, str]  # bug -> whether it was recognized, as `bugzoo.standing` says
+    damaged: dict[str, list[str]] = field(default_factory=dict)  # module -> what is wrong with runs left out
 
 
 def collect() -> Progress:
@@ -124,7 +125,8 @@ def collect() -> Progress:
     the_plan, kept = plan.load(), state.read()
     names = [module.name for module in registry.MODULES]
     planned = [name for level in the_plan.levels for name in the_plan.required(level.level)]
-    runs = {name: counted(name) if plan.find(name) else None for name in dict.fromkeys([*names, *planned])}
+    found = {name: evidence.all_runs(name) for name in names}
+    runs = {name: counted(found[name][0]) if name in found else None for name in dict.fromkeys([*names, *planned])}
     right = quiz.answered_right(kept["answers"])
     passed = {name for name, result in kept["exercises"].items() if result["passed"]}
     levels = []
@@ -139,7 +141,8 @@ def collect() -> Progress:
                 {name: name in passed for name, at in exercises().items() if at == level.level},
             )
         )
-    return Progress(runs, levels, bugzoo.standing(kept["answers"]))
+    damaged = {name: wrong for name, (_, wrong) in found.items() if wrong}
+    return Progress(runs, levels, bugzoo.standing(kept["answers"]), damaged)
 
 
 def report(progress: Progress, language: str) -> str:
@@ -147,10 +150,7 @@ def report(progress: Progress, language: str) -> str:
     the_plan = plan.load()
     days = [(day.day, day.module) for day in the_plan.days]
     extra = [(m.day, m.name) for m in registry.MODULES if m.name not in {name for _, name in days}]
-    rows = [
-        f"| {day} | `{name}` | {_run_cells(name, progress.runs[name], language)} |"
-        for day, name in sorted(days + extra)
-    ]
+    rows = [f"| {day} | `{name}` | {_run_cells(name, progress, language)} |" for day, name in sorted(days + extra)]
     lines = [WORDS["title"][language], "", WORDS["days"][language], "| --- | --- | --- | --- | --- |", *rows]
     lines += ["", WORDS["levels"][language], "| --- | --- | --- | --- | --- |"]
     lines += [_level_row(level, language) for level in progress.levels]
@@ -160,11 +160,12 @@ def report(progress: Progress, language: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _run_cells(name: str, run: Run | None, language: str) -> str:
+def _run_cells(name: str, progress: Progress, language: str) -> str:
+    run = progress.runs[name]
     if not plan.find(name):
         return f"{WORDS['planned'][language]} | | "
     if run is None:
-        return f"{WORDS['no_run'][language]} | | "
+        return f"{WORDS['damaged' if name in progress.damaged else 'no_run'][language]} | | "
     counts = "" if proven(run) else WORDS["not_passed"][language]
     checks = f"{len(run.with_status('pass'))}/{len(run.checks)}"
     return f"`{run.summary['run_id']}` | {run.summary['status']}{counts} | {checks}"
@@ -263,11 +264,16 @@ def main(argv: list[str]) -> int:
     if args.certificate:
         file = Path(args.certificate)
         if file.suffix not in (".md", ".png"):
-            raise ConfigError([f"--certificate {file}: the name has to end in .md or .png"])
+            raise WrongOptions(
+                say(
+                    zh=f"--certificate {file}：文件名要以 .md 或 .png 结尾",
+                    en=f"--certificate {file}: the name has to end in .md or .png",
+                )
+            )
         if not any(level.passed for level in progress.levels):
             raise UserError(WORDS["none"][args.lang])
         write_atomically(file, picture(progress) if file.suffix == ".png" else certificate(progress, args.lang))
         print(args.certificate)
     else:
         print(report(progress, args.lang), end="")
-    return 0
+    return tell_damaged([message for messages in progress.damaged.values() for message in messages])

@@ -12,13 +12,14 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from llmcore_hf.errors import ConfigError
+from llmcore_hf.errors import UserError
 from llmcore_hf.learning import items, plan, state
+from llmcore_hf.learning.evidence import tell_damaged
 from llmcore_hf.learning.items import LETTERS, LEVELS, Item, Unreadable
-from llmcore_hf.learning.texts import Parser
+from llmcore_hf.learning.texts import Parser, WrongOptions, say
 
 INTERVALS = (1, 3, 7, 14)  # days
-CHOOSING = ("single", "multiple", "curve")
+TRIES = 3  # answers to an item that may be of another form than it asks for
 WORDS = {
     "single": {"zh": "单选，输入一个字母", "en": "one letter"},
     "curve": {"zh": "读图，输入一个字母", "en": "read the curve, one letter"},
@@ -27,6 +28,10 @@ WORDS = {
     "ordering": {"zh": "排序，按先后输入字母", "en": "the letters in order"},
     "short": {"zh": "用一两句话回答，按要点判分", "en": "a sentence or two; graded by the points it makes"},
     "again": {"zh": "看不懂这个答案，请输入：{form}", "en": "I can't read that; expected: {form}"},
+    "gave_up": {
+        "zh": "{n} 次都看不懂，这题算没答对。答案：{answer}",
+        "en": "Could not be read {n} times, which counts as not right. The answer: {answer}",
+    },
     "right": {"zh": "对。", "en": "Right."},
     "wrong": {"zh": "不对。答案：{answer}", "en": "Not right. The answer: {answer}"},
     "unknown": {
@@ -72,7 +77,7 @@ def answered_right(answers: list[dict[str, Any]]) -> set[str]:
 
 def ask(item: Item, language: str, shuffle: random.Random) -> bool | None:
     """Ask one item and explain it. True, False, or None when the learner leaves."""
-    item = items.about_run(item)
+    item = _about_run(item)
     shown = list(range(len(item.choices)))
     shuffle.shuffle(shown)
     if item.type == "ordering" and shown == sorted(shown):
@@ -82,23 +87,34 @@ def ask(item: Item, language: str, shuffle: random.Random) -> bool | None:
         print(items.chart(item.curve), f"\n({item.curve['produced_by']})")
     for letter, index in zip(LETTERS, shown, strict=False):
         print(f"  {letter}. {item.choices[index].text[language]}")
-    verdict = None
-    while verdict is None:
+    answer = items.solution(item, language)
+    for tries_left in reversed(range(TRIES)):
         typed = _typed(f"({WORDS[item.type][language]}) > ")
         if typed is None or typed.lower() == "q":
             return None
         if not typed:
-            print(WORDS["unknown"][language].format(answer=items.solution(item, language)))
-            _explain(item, [], language)
-            return False
+            print(WORDS["unknown"][language].format(answer=answer))
+            break
         try:
             verdict = items.grade(item, typed, language, shown)
         except Unreadable as form:
-            print(WORDS["again"][language].format(form=form))
-    word = WORDS["right" if verdict.right else "wrong"][language]
-    print(word.format(answer=items.solution(item, language)))
-    _explain(item, verdict.notes, language)
-    return verdict.right
+            word = "again" if tries_left else "gave_up"
+            print(WORDS[word][language].format(form=form, n=TRIES, answer=answer))
+            continue
+        print(WORDS["right" if verdict.right else "wrong"][language].format(answer=answer))
+        _explain(item, verdict.notes, language)
+        return verdict.right
+    _explain(item, [], language)
+    return False
+
+
+def _about_run(item: Item) -> Item:
+    """The item about the learner's own run. A damaged run is reported, and the general question asked."""
+    try:
+        return items.about_run(item)
+    except UserError as error:
+        tell_damaged([str(error)])
+        return item
 
 
 def _explain(item: Item, notes: list[str], language: str) -> None:
@@ -149,15 +165,23 @@ def main(argv: list[str]) -> int:
     )
     args = parser.parse_args(argv)
     if args.export is None and not (args.level or args.module or args.review):
-        raise ConfigError(["choose what to ask: --level N, --module NAME, --review; or --export"])
+        raise WrongOptions(
+            say(
+                zh="请选要问什么：--level N、--module 模块、--review；或者 --export 导出",
+                en="choose what to ask: --level N, --module NAME, --review; or --export",
+            )
+        )
     if args.count is not None and args.count < 1:
-        raise ConfigError([f"--count {args.count}: at least 1"])
+        raise WrongOptions(say(zh=f"--count {args.count}：至少是 1", en=f"--count {args.count}: at least 1"))
     if args.export is not None:
         from llmcore_hf.learning.quiz_export import export
 
         if args.review or args.count is not None or args.seed is not None:
-            raise ConfigError(
-                ["--export writes all items of a --level, of a --module, or of the quiz: no other option"]
+            raise WrongOptions(
+                say(
+                    zh="--export 导出一关（--level）、一个模块（--module）或全部的题：不能再加别的选项",
+                    en="--export writes all items of a --level, of a --module, or of the quiz: no other option",
+                )
             )
         some = args.level or args.module
         chosen = _chosen(args.level, args.module, language=args.lang) if some else items.all_items()

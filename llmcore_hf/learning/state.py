@@ -17,6 +17,7 @@ from typing import Any
 
 from llmcore_hf.durability import write_atomically
 from llmcore_hf.errors import UserError
+from llmcore_hf.learning.texts import say
 
 SCHEMA_VERSION = 1
 LOCK_SECONDS = 20
@@ -77,10 +78,19 @@ def _locked() -> Iterator[Path]:
             yield file
     except Timeout:
         raise UserError(
-            f"{file} has been locked by another process for {LOCK_SECONDS} s: end it and try again"
+            say(
+                zh=f"{file} 被另一个进程锁了 {LOCK_SECONDS} 秒：结束它再试",
+                en=f"{file} has been locked by another process for {LOCK_SECONDS} s: end it and try again",
+            )
         ) from None
     except OSError as error:
-        raise UserError(f"{file} cannot be written ({error.strerror or error}): name another file in {PLACE}") from None
+        why = error.strerror or error
+        raise UserError(
+            say(
+                zh=f"{file} 不能写（{why}）：用环境变量 {PLACE} 指定另一个文件",
+                en=f"{file} cannot be written ({why}): name another file in {PLACE}",
+            )
+        ) from None
 
 
 def _empty() -> dict[str, Any]:
@@ -96,7 +106,10 @@ def _load(file: Path) -> dict[str, Any]:
         if isinstance(state, dict) and isinstance(state.get("schema_version"), int) and state["schema_version"] > 0:
             if state["schema_version"] > SCHEMA_VERSION:
                 raise UserError(
-                    f"{file} was written by a newer version of this program: update it, or name another file"
+                    say(
+                        zh=f"{file} 是更新版本的程序写的：请升级程序，或用 {PLACE} 指定另一个文件",
+                        en=f"{file} was written by a newer version of this program: update it, or name another file in {PLACE}",
+                    )
                 )
             _check(state)
             return dict(state)
@@ -124,4 +137,10 @@ def _put_aside(file: Path, error: Exception) -> None:
     while (backup := file.with_name(f"{file.stem}.damaged-{stamp}-{number}{file.suffix}")).exists():
         number += 1
     os.replace(file, backup)
-    print(f"{file} is damaged ({error}): kept as {backup}; a new one begins empty", file=sys.stderr)
+    print(
+        say(
+            zh=f"{file} 已损坏（{error}）：原文件留作 {backup}，新文件从空白开始",
+            en=f"{file} is damaged ({error}): kept as {backup}; a new one begins empty",
+        ),
+        file=sys.stderr,
+    )

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import difflib
 import re
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +19,32 @@ from llmcore_hf.errors import ConfigError, UserError
 
 LANGUAGES = ("zh", "en")
 Text = dict[str, str]  # one text per language
+
+_language: ContextVar[str] = ContextVar("language of the running command", default="zh")
+
+
+@contextlib.contextmanager
+def in_language_of(argv: list[str]) -> Iterator[None]:
+    """Inside, `say` speaks the language that the command line asks for, also about what is wrong with that line."""
+    words = [word for option in argv for word in option.split("=", 1)]
+    asked = [after for word, after in pairwise(words) if word == "--lang" and after in LANGUAGES]
+    token = _language.set(asked[-1] if asked else "zh")
+    try:
+        yield
+    finally:
+        _language.reset(token)
+
+
+def say(zh: str, en: str) -> str:
+    """The text in the language of the running command."""
+    return {"zh": zh, "en": en}[_language.get()]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A question whether another name was meant; empty when none is near."""
+    close = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
+    return say(zh=f"是不是 `{close[0]}`？", en=f" Did you mean `{close[0]}`?") if close else ""
+
 
 # PyYAML's parser in C is ten times as fast; a build without libyaml lacks it.
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -31,9 +62,13 @@ def read_yaml(file: Path) -> Any:
     def joined(value: Any, path: str) -> Any:
         if isinstance(value, dict):
             if wrong := [key for key in value if isinstance(key, bool)]:
+                read_as = str(wrong[0]).lower()
                 raise UserError(
-                    f"{file}, {path or 'at the top'}: a key reads as {str(wrong[0]).lower()}, as on, off, yes and no do in "
-                    "YAML; put it in quotes or take another word"
+                    say(
+                        zh=f"{file}，{path or '最外层'}：有个键被读成 {read_as}，YAML 里 on、off、yes、no 都会这样；加上引号，或换个词",
+                        en=f"{file}, {path or 'at the top'}: a key reads as {read_as}, as on, off, yes and no do in YAML; put it "
+                        "in quotes or take another word",
+                    )
                 )
             return {key: joined(item, f"{path}/{key}" if path else str(key)) for key, item in value.items()}
         if isinstance(value, list):
@@ -43,8 +78,30 @@ def read_yaml(file: Path) -> Any:
     try:
         content = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is damaged: {' '.join(str(error).split())}") from None
+        why = " ".join(str(error).split())
+        raise UserError(say(zh=f"{file} 已损坏：{why}", en=f"{file} is damaged: {why}")) from None
     return joined(content, "")
+
+
+class WrongOptions(ConfigError):
+    """Options of a command of the course are wrong: said in the language of the command."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__(list(problems))
+        head, *lines = str(self).split("\n")
+        self.args = ("\n".join([say(zh=f"选项有 {len(problems)} 处不对：", en=head), *lines]),)
+
+
+# What argparse says, and the same in Chinese.
+_ARGPARSE_IN_CHINESE = (
+    (r"^argument (\S+): ", r"选项 \1："),
+    (r"unrecognized arguments: ", "没有这样的选项："),
+    (r"the following arguments are required: ", "缺少："),
+    (r"expected one argument", "需要一个值"),
+    (r"invalid choice: (\S+) \(choose from (.+)\)", r"没有 \1，可选的是 \2"),
+    (r"invalid (?:int|float) value: ", "不是数："),
+    (r"not allowed with argument ", "不能同时用 "),
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,8 +116,10 @@ class Parser(argparse.ArgumentParser):
         """As argparse does; an empty text, such as an unset variable of the shell, is no value."""
         parsed = super().parse_args(*args, **kwargs)
         if empty := [name for name, value in vars(parsed).items() if value == ""]:
-            self.error(f"argument --{empty[0]}: expected a value, not an empty text")
+            self.error(f"argument --{empty[0]}: expected one argument")
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError([f"{message} (`--help` shows the options)"])
+        for pattern, chinese in _ARGPARSE_IN_CHINESE:
+            message = re.sub(pattern, say(zh=chinese, en=r"\g<0>"), message)
+        raise WrongOptions(say(zh=f"{message}（`--help` 列出所有选项）", en=f"{message} (`--help` shows the options)"))
