@@ -63,7 +63,7 @@ def test_a_key_that_yaml_takes_for_true_or_false_is_refused(key: str, tmp_path: 
     file = tmp_path / "brief.yaml"
     text = "result:\n  - id: x\n    values: {%s: [seed]}\n    zh: 是\n    en: is\n"
     file.write_text(text % key, encoding="utf-8")
-    with pytest.raises(UserError, match=r"brief.yaml, result/0/values: a key reads as (true|false)"):
+    with pytest.raises(UserError, match=r"brief.yaml，result/0/values：有个键被读成 (true|false)"):
         read_yaml(file)
     file.write_text(text % f'"{key}"', encoding="utf-8")
     assert read_yaml(file)["result"][0]["values"] == {key: ["seed"]}
@@ -134,6 +134,39 @@ def test_the_spoken_answer_takes_three_minutes(module: str) -> None:
     lengths = {language: sum(brief.spoken_length(t, language) for t in parts[language].values()) for language in parts}
     assert 650 <= lengths["zh"] <= 750, lengths
     assert 330 <= lengths["en"] <= 480, lengths
+
+
+def spoken_length(source: brief.Source, run: Run, language: str) -> int:
+    return sum(brief.spoken_length(text, language) for text in brief.spoken(source, run, language).values())
+
+
+@pytest.mark.parametrize("outcome", ["warn", "fail", "both", "error"])
+@pytest.mark.parametrize("name", [path.name for path in RUNS.iterdir()])
+def test_the_spoken_answer_stays_short_whatever_went_wrong(name: str, outcome: str) -> None:
+    summary = json.loads((RUNS / name / "summary.json").read_text(encoding="utf-8"))
+    for number, check in enumerate(summary["checks"]):
+        check["status"] = {"both": ("warn", "fail")[number % 2], "error": "pass"}.get(outcome, outcome)
+    for status in {"warn": ["ok"], "error": ["failed"]}.get(outcome, ["ok", "failed", "diverged", "interrupted"]):
+        run = Run(RUNS / name, {**summary, "status": status, "error": "out of memory " * 100})
+        for language in LANGUAGES:
+            source = source_of(summary["module"])
+            assert spoken_length(source, run, language) <= brief.LIMIT[language], status
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_two_checks_that_matter_most_are_named_and_the_rest_counted(language: str) -> None:
+    """Failures come before warnings, invariants before learning checks."""
+    ids = list(recorded("ppo").checks)
+    statuses = ["warn", "warn", "warn", "fail", "warn", "fail", "warn"]  # the last failure is of an invariant
+    changes = [(["checks", id, "status"], status) for id, status in zip(ids, statuses, strict=True)]
+    changes.append((["checks", ids[5], "kind"], "invariant"))
+    run = changed("ppo", *changes)
+    result = brief.result_of(source_of("ppo"), run, language)
+    assert result.index(ids[5]) < result.index(ids[3]) and sum(id in result for id in ids) == 2
+    assert all(run.checks[id][f"why_{language}"] in result for id in (ids[5], ids[3]))
+    assert brief.WORDS["more"][language].format(failed=0, warned=5) in result and "summary.json" in result
+    page = brief.markdown(source_of("ppo"), run, language)
+    assert all(id in page for id in ids)  # as limits
 
 
 def test_a_chinese_text_is_folded_without_spaces() -> None:
@@ -264,6 +297,24 @@ def test_a_failed_check_is_named_with_its_reason_even_when_the_status_says_ok(mo
             assert check["id"] in result and check[f"why_{language}"] in result
 
 
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize(("status", "failing"), [("failed", 0), ("ok", 1), ("interrupted", 0)])
+def test_the_head_of_a_failed_run_says_so_first(status: str, failing: int, language: str) -> None:
+    changes = [(["checks", "dpo.step0_loss_is_ln2", "status"], "fail")] if failing else []
+    head = brief._about(changed("dpo", *changes, status=status), language)
+    assert head.startswith(
+        {"zh": f"**没有成功（状态 {status}", "en": f"**It did not succeed (status {status}"}[language]
+    )
+    assert not re.search(r"5/5|\d of \d", head)
+    assert {"zh": f"{failing} 条检查没有通过", "en": f"{failing} checks failed"}[language] in head
+    assert not brief._about(recorded("dpo"), language).startswith("**")
+
+
+def test_an_error_without_a_reason_is_not_called_none() -> None:
+    result = brief.result_of(source_of("dpo"), changed("dpo", status="failed", error=None), "zh")
+    assert "原因没有记下来" in result and "None" not in result
+
+
 def test_the_recorded_failure_is_told_as_it_was() -> None:
     page = brief.markdown(source_of("dpo"), recorded("dpo_sigmoid"), "zh")
     assert "dpo.no_likelihood_displacement 没有通过" in page and "-1.766" in page and "其余 4 条检查通过" in page
@@ -289,8 +340,26 @@ def test_a_check_that_was_not_made_is_a_limit() -> None:
 
 
 def test_a_run_without_numbers_claims_nothing() -> None:
-    bare = Run(RUNS / "nowhere", {**recorded("dpo").summary, "eval": None, "checks": [], "metrics": {}, "data": None})
-    assert brief.result_of(source_of("dpo"), bare, "zh").startswith("这次运行的记录里没有")
+    kept = ("module", "status", "run_id", "seed")
+    bare = Run(RUNS / "nowhere", {"checks": [], **{name: recorded("mdp").summary[name] for name in kept}})
+    assert brief.result_of(source_of("mdp"), bare, "zh").startswith("这次运行的记录里没有")
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("module", [name for name in WITH_BRIEF if source_of(name).rests_on_evaluation])
+def test_a_run_that_evaluated_nothing_says_so_and_claims_no_result(module: str, language: str) -> None:
+    source, run = source_of(module), changed(module, eval=None)
+    page, said = brief.markdown(source, run, language), brief.result_of(source, run, language)
+    assert said.startswith(brief.WORDS["not_evaluated"][language]) and not SUCCESS.search(said)
+    assert brief.WORDS["evaluate_next"][language] in said and brief.WORDS["toy"][language] not in page
+    assert page.count(brief.WORDS["not_evaluated"][language]) == 2  # it is a limit, too
+    assert not [claim.id for claim in source.result if (s := claim.say(recorded(module), language)) and s in page]
+
+
+def test_lessons_with_exact_values_need_no_evaluation() -> None:
+    """Their recorded runs have none. The comparison of architectures reads those of its three runs, in `comparison`."""
+    exact = {name for name in WITH_BRIEF if recorded(name).summary["eval"] is None}
+    assert {name for name in WITH_BRIEF if not source_of(name).rests_on_evaluation} == exact | {"vlm"}
 
 
 # ---------------------------------------------------------------- the command
@@ -331,17 +400,18 @@ def test_a_run_may_be_named_and_the_brief_saved(folder: Path, capsys: pytest.Cap
     [
         (["--module", "dpo"], 1, "python run.py --module dpo --toy"),
         (["--module", "dpo", "--lang", "en"], 1, "there is no run of dpo"),
-        (["--module", "dqo"], 2, "Did you mean `dpo`?"),
-        (["--module", "dpo", "--run", "nowhere"], 1, "holds no summary.json"),
-        (["--module", "sft", "--run", str(RUNS / "dpo")], 1, "is a run of `dpo`, not of `sft`"),
+        (["--module", "dqo", "--lang", "en"], 2, "there is no module `dqo`. Did you mean `dpo`? There are: mdp, td_"),
+        (["--module", "dqo"], 2, "没有模块 `dqo`。是不是 `dpo`？有这些：mdp, td_learning"),
+        (["--module", "dpo", "--run", "nowhere", "--lang=en"], 1, "holds no summary.json"),
+        (["--module", "sft", "--run", str(RUNS / "dpo"), "--lang", "en"], 1, "is a run of `dpo`, not of `sft`"),
         ([], 2, "--module"),
         (["--module", "dpo", "--lnag", "en"], 2, "--lnag"),
         (["--modul", "dpo"], 2, "--module"),
         (["--module", "dpo", "--run", str(RUNS / "dpo"), "--save", "no/such/folder/x.md"], 1, "No such file"),
         (["--module", "dpo", "--run", str(RUNS / "dpo"), "--save", "/"], 1, ": /\n"),
         (["--module", "dpo", "--run", str(RUNS / "dpo"), "--save", "."], 1, ": .\n"),
-        (["--module", "dpo", "--run", str(RUNS / "dpo"), "--save", ""], 2, "--save: expected a value"),
-        (["--module", "dpo", "--run", ""], 2, "--run: expected a value"),
+        (["--module", "dpo", "--run", str(RUNS / "dpo"), "--save", ""], 2, "--save：需要一个值"),
+        (["--module", "dpo", "--run", "", "--lang", "en"], 2, "--run: expected one argument"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_message(
@@ -358,7 +428,7 @@ def test_a_planned_module_is_told_from_a_mistyped_one(
 ) -> None:
     there = tuple(module for module in registry.MODULES if module.name != "vlm")
     monkeypatch.setattr(registry, "MODULES", there)
-    assert cli.main(["brief", "--module", "vlm"]) == 1
+    assert cli.main(["brief", "--module", "vlm", "--lang", "en"]) == 1
     assert "`vlm` (level 5) is planned, but not there yet" in capsys.readouterr().err
 
 
@@ -367,7 +437,7 @@ def test_a_planned_module_is_told_from_a_mistyped_one(
 )
 def test_a_damaged_summary_is_named(content: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place("dpo", folder) / "summary.json").write_text(content)
-    assert cli.main(["brief", "--module", "dpo"]) == 1
+    assert cli.main(["brief", "--module", "dpo", "--lang", "en"]) == 1
     assert "summary.json is damaged" in capsys.readouterr().err
 
 
@@ -394,7 +464,7 @@ def test_a_summary_with_a_part_of_another_kind_is_damaged(
 
     place("dpo", folder, change)
     argv = [command, "--module", "dpo"] if command in ("brief", "cards") else [command]
-    assert cli.main(argv) == 1
+    assert cli.main([*argv, "--lang", "en"]) == 1
     assert "summary.json is damaged" in capsys.readouterr().err
 
 
@@ -407,7 +477,7 @@ def test_what_is_no_finite_number_is_no_evidence(number: float) -> None:
 @pytest.mark.parametrize("content", [b"a: b: c", b"\xff\xfe\x00", b"beta: [1"])
 def test_damaged_options_of_a_run_are_named(content: bytes, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place("dpo", folder) / "resolved_config.yaml").write_bytes(content)
-    assert cli.main(["brief", "--module", "dpo"]) == 1
+    assert cli.main(["brief", "--module", "dpo", "--lang", "en"]) == 1
     captured = capsys.readouterr()
     assert "resolved_config.yaml is damaged" in captured.err and captured.out == ""
 

@@ -308,14 +308,31 @@ def test_the_certificate_names_runs_by_their_hash(folder: Path, capsys: Any) -> 
 
 def test_a_damaged_state_file_is_reported_by_the_command(folder: Path, capsys: Any) -> None:
     (folder / "state.json").write_text("{")
-    assert cli.main(["progress"]) == 0
+    assert cli.main(["progress", "--lang", "en"]) == 0
     assert "is damaged" in capsys.readouterr().err
 
 
-def test_a_damaged_run_is_named(folder: Path, capsys: Any) -> None:
-    (place("mdp", folder) / "summary.json").write_text("{")
+@pytest.mark.parametrize(
+    ("language", "said", "row"),
+    [("zh", "已损坏", "`mdp` | 记录已损坏"), ("en", "is damaged", "`mdp` | its record is damaged")],
+)
+def test_a_damaged_run_is_named_and_the_rest_is_shown(
+    language: str, said: str, row: str, folder: Path, capsys: Any
+) -> None:
+    place("td_learning", folder)
+    file = place("mdp", folder) / "summary.json"
+    file.write_text("{")
+    assert cli.main(["progress", "--lang", language]) == 1
+    shown = capsys.readouterr()
+    assert f"{file.resolve()} {said}" in shown.err and row in shown.out
+    assert "`td_learning` | `20250101-000000-0000` | ok" in shown.out
+
+
+def test_an_older_run_counts_when_a_later_one_is_damaged(folder: Path, capsys: Any) -> None:
+    place("mdp", folder)
+    (place("mdp", folder, lambda s: s.update(run_id="later")) / "summary.json").write_text("[]")
     assert cli.main(["progress"]) == 1
-    assert "summary.json is damaged" in capsys.readouterr().err
+    assert "`mdp` | `20250101-000000-0000` | ok" in capsys.readouterr().out
 
 
 def test_recorded_runs_cover_every_module_with_a_brief() -> None:

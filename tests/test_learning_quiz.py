@@ -15,7 +15,7 @@ from typing import Any
 import jsonschema
 import pytest
 from conftest import ROOT
-from learning_runs import place
+from learning_runs import place, put, recorded
 
 from llmcore_hf import cli, registry, resources
 from llmcore_hf.learning import items, plan, quiz, quiz_export, state
@@ -142,6 +142,60 @@ def test_an_item_about_a_run_is_asked_about_the_learners_numbers(
     if "answer" in row["run"]:
         assert asked.answer is not None and items.grade(asked, str(asked.answer), "zh").right
         assert asked.traps == ()  # their numbers belong to the general question
+
+
+@pytest.mark.parametrize(
+    ("id", "module", "path", "value", "answer"),
+    [
+        ("l4-own-kl-penalty", "ppo", ["metrics", "objective/non_score_reward", "last"], -0.123, -0.123),
+        ("l4-own-silent-groups", "grpo", ["metrics", "frac_reward_zero_std", "last"], 0.375, 0.625),
+    ],
+)
+def test_the_answer_about_a_run_follows_its_log(
+    id: str, module: str, path: list[Any], value: float, answer: float, folder: Path
+) -> None:
+    place(module, folder, lambda summary: put(summary, path, value))
+    asked = items.about_run(BY_ID[id])
+    assert items.grade(asked, str(answer), "zh").right and not items.grade(asked, str(BY_ID[id].answer), "zh").right
+
+
+def test_the_penalty_in_the_log_is_the_coefficient_times_the_kl(folder: Path) -> None:
+    place("ppo", folder)
+    metrics = recorded("ppo").summary["metrics"]
+    coef, kl = (metrics[f"objective/{name}"]["last"] for name in ("kl_coef", "kl"))
+    asked = items.about_run(BY_ID["l4-own-kl-penalty"])
+    assert f"{kl:.4f}" in asked.ask["zh"] and asked.answer == pytest.approx(-coef * kl, rel=1e-5)
+    assert not items.grade(asked, str(coef * kl), "zh").right
+
+
+@pytest.mark.parametrize(("size", "advantage"), [(8, 7 / 8**0.5), (4, 1.5), (2, 0.5**0.5)])
+def test_the_advantage_is_that_of_the_learners_group(size: int, advantage: float, folder: Path) -> None:
+    run = place("grpo", folder)
+    config = run / "resolved_config.yaml"
+    config.write_text(
+        re.sub(r"(?m)^num_generations: .*", f"num_generations: {size}", config.read_text("utf-8")), "utf-8"
+    )
+    asked = items.about_run(BY_ID["l4-own-group-advantage"])
+    assert f"num_generations = {size}" in asked.ask["en"] and asked.answer == pytest.approx(advantage, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("id", "module", "change"),
+    [
+        ("l4-own-kl-penalty", "ppo", lambda s: put(s, ["metrics", "objective/kl_coef", "first"], 0.2)),  # it adapts
+        ("l4-own-first-ratio", "ppo", lambda s: put(s, ["checks", "ppo.first_ratio_is_one", "status"], "skip")),
+        ("l4-own-silent-groups", "grpo", lambda s: put(s, ["metrics", "frac_reward_zero_std", "last"], float("nan"))),
+    ],
+)
+def test_a_run_that_does_not_meet_the_condition_is_not_asked_about(
+    id: str, module: str, change: Any, folder: Path
+) -> None:
+    place(module, folder, change)
+    assert items.about_run(BY_ID[id]) == BY_ID[id]
+
+
+def test_level_4_is_graded_against_the_runs_of_ppo_and_grpo() -> None:
+    assert {"ppo", "grpo"} <= {row["run"]["module"] for row in rows(4) if row["type"] == "numeric" and "run" in row}
 
 
 # ---------------------------------------------------------------- grading
@@ -315,6 +369,37 @@ def test_it_grades_explains_and_keeps_what_was_answered_before_leaving(
     assert [(a["item"], a["right"]) for a in state.read()["answers"]] == [("l1-markov", False), ("l1-return", False)]
 
 
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_three_answers_that_cannot_be_read_end_the_item(
+    language: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """As of `yes A`: the number is never given, and the quiz comes to its end all the same."""
+    level = items.load(1)
+    lines = ["A"] * (quiz.TRIES * len(level))
+    assert play(["--level", "1", "--lang", language], lines, monkeypatch) == 0
+    numeric = [item for item in level if item.type == "numeric"]
+    out = capsys.readouterr().out
+    unreadable = [item for item in level if item.type in ("numeric", "ordering", "short")]
+    said = quiz.WORDS["gave_up"][language].split("{answer}")[0].format(n=quiz.TRIES)
+    assert out.count(said) == len(unreadable) and items.solution(numeric[0], language) in out
+    kept = {answer["item"]: answer["right"] for answer in state.read()["answers"]}
+    assert set(kept) == {item.id for item in level} and not any(kept[item.id] for item in unreadable)
+
+
+def test_the_end_of_input_keeps_what_was_answered(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    assert play(["--level", "1"], ["", "Z"], monkeypatch) == 0
+    assert "答对 0/1" in capsys.readouterr().out
+    assert [answer["item"] for answer in state.read()["answers"]] == ["l1-markov"]
+
+
+def test_a_damaged_run_does_not_stop_the_quiz(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    (place("dpo", folder) / "summary.json").write_text("{")
+    assert play(["--module", "dpo"], ["q"], monkeypatch) == 0
+    assert play(["--module", "dpo"], [""] * 20, monkeypatch) == 0
+    shown = capsys.readouterr()
+    assert BY_ID["l3-ln2"].ask["zh"] in shown.out and "summary.json 已损坏" in shown.err
+
+
 def test_the_end_of_input_ends_the_quiz(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     assert play(["--module", "bcq"], [], monkeypatch) == 0
     assert "答对 0/0" in capsys.readouterr().out and state.read()["answers"] == []
@@ -347,7 +432,7 @@ def test_review_asks_what_was_wrong_and_count_prefers_what_is_new(monkeypatch: p
     ],
 )
 def test_a_wrong_option_is_one_message(argv: list[str], code: int, said: str, capsys: Any) -> None:
-    assert cli.main(["quiz", *argv]) == code
+    assert cli.main(["quiz", *argv, "--lang", "en"]) == code
     assert said in capsys.readouterr().err
 
 

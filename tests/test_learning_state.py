@@ -109,7 +109,7 @@ def test_a_damaged_file_is_reported_and_kept(content: bytes, file: Path, capsys:
 def test_the_file_of_a_newer_version_is_left_alone(file: Path) -> None:
     file.parent.mkdir()
     file.write_text('{"schema_version": 2, "answers": "otherwise"}')
-    with pytest.raises(UserError, match="newer version"):
+    with pytest.raises(UserError, match="更新版本的程序"):
         state.record_answer("l1-markov", True)
     assert file.read_text() == '{"schema_version": 2, "answers": "otherwise"}'
 

@@ -99,10 +99,10 @@ def _text(row: dict[str, Any], prefix: str = "") -> Text:
 
 
 def about_run(item: Item) -> Item:
-    """The item, asked about the learner's own latest run where the run succeeded, has the values, and meets `when`."""
+    """The item, asked about the learner's own latest run where there is one that has the values and meets `when`."""
     if item.run is None or (run := evidence.latest(item.run["module"])) is None:
         return item
-    if not run.succeeded or not all(holds(condition, run) for condition in item.run.get("when", ())):
+    if not all(holds(condition, run) for condition in item.run.get("when", ())):
         return item
     values = {name: run.look_up(path) for name, path in item.run["values"].items()}
     if any(not isinstance(value, int | float) or not math.isfinite(value) for value in values.values()):
