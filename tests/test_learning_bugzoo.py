@@ -345,13 +345,13 @@ def test_runs_that_do_not_show_their_bug_are_not_asked_about(folder: Path, capsy
     stored_runs(bugzoo.bug_of(0), sealed)
     shutil.rmtree(sealed / "broken")
     shutil.copytree(sealed / "healthy", sealed / "broken")
-    assert cli.main(["bugzoo", "--seed", "0"]) == 1
+    assert cli.main(["bugzoo", "--seed", "0", "--lang", "en"]) == 1
     assert "take another --seed" in capsys.readouterr().err
     assert state.read()["answers"] == []
 
 
 def test_runs_that_cannot_be_made_are_one_message(folder: Path) -> None:
-    with pytest.raises(UserError, match="could not be made: KeyError"):
+    with pytest.raises(UserError, match="没有做成：KeyError"):
         bugzoo._make(folder, "no_such_bug", 0)
     assert not (folder / ".sealed").exists()
 
@@ -378,6 +378,8 @@ def test_the_choices_are_shuffled_by_the_seed() -> None:
 def test_a_seed_out_of_range_is_one_message(capsys: Any) -> None:
     assert cli.main(["bugzoo", "--seed", "-1"]) == 2
     assert "--seed -1" in capsys.readouterr().err
+    assert cli.main(["bugzoo", "--list", "--seed", "1"]) == 2
+    assert "--list" in capsys.readouterr().err
 
 
 def test_answers_share_the_state_with_the_quiz() -> None:

@@ -544,7 +544,7 @@ def test_the_command_prints_and_updates(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     assert cli.main(["cheatsheet", "--lang", "en"]) == 0
     assert capsys.readouterr().out == cheatsheet.page("en")
-    assert cli.main(["cheatsheet", "--update"]) == 1
+    assert cli.main(["cheatsheet", "--update", "--lang", "en"]) == 1
     assert "checkout" in capsys.readouterr().err
     (tmp_path / "learning").mkdir()
     assert cli.main(["cheatsheet", "--update"]) == 0

@@ -152,6 +152,15 @@ def test_an_update_fills_in_the_evidence_and_leaves_the_rest_alone(folder: Path)
     assert outside[0] == outside[1]
 
 
+def test_a_card_whose_run_is_damaged_stays_as_it_is_and_the_others_are_updated(folder: Path, capsys: Any) -> None:
+    place("gae", folder)
+    (place("dpo", folder) / "summary.json").write_text("{")
+    assert cli.main(["cards", "--update"]) == 1
+    assert "dpo/latest/summary.json 已损坏" in capsys.readouterr().err
+    made = {path.name for path in (folder / "learning" / "cards").glob("*")}
+    assert "gae.md" in made and "mdp.en.md" in made and not {"dpo.md", "dpo.en.md"} & made
+
+
 def test_a_card_without_its_markers_is_left_alone(folder: Path, capsys: Any) -> None:
     assert cli.main(["cards", "--update", "--module", "gae"]) == 0
     card = folder / "learning" / "cards" / "gae.md"

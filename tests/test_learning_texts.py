@@ -115,6 +115,15 @@ def test_what_is_damaged_is_said_in_both_languages(language: str, said: str, fol
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", cli.COURSE)
+def test_the_help_of_a_command_is_in_its_language(command: str, capsys: Any) -> None:
+    for language in LANGUAGES:
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help", "--lang", language])
+        lines = [line for line in capsys.readouterr().out.splitlines() if re.search(r"  \S.*\s{2,}\S", line)]
+        assert len(lines) >= 3 and all(bool(CHINESE.search(line)) is (language == "zh") for line in lines), lines
+
+
 def messages(tree: ast.AST) -> Iterator[ast.expr]:
     """What errors are raised with, and what is printed."""
     for node in ast.walk(tree):

@@ -20,7 +20,7 @@ from llmcore_hf.errors import UserError
 from llmcore_hf.learning import evidence, plan
 from llmcore_hf.learning.claims import Claim
 from llmcore_hf.learning.evidence import Run
-from llmcore_hf.learning.texts import Parser, Text, read_yaml
+from llmcore_hf.learning.texts import Parser, Text, read_yaml, say
 from llmcore_hf.report import show_observed
 
 # Longest spoken answer: three minutes and a little, at an easy pace.
@@ -226,8 +226,8 @@ def result_of(source: Source, run: Run, language: str) -> str:
     """What can be said about the run, no longer than the spoken answer may be."""
     fixed = [getattr(source, name)[language] for name in SPOKEN if name != "result"]
     room = LIMIT[language] - _total(fixed, language)
-    say = _success if run.succeeded else _failure
-    return _join(say(source, run, language, room) or [_word("nothing", language)], language)
+    sentences = (_success if run.succeeded else _failure)(source, run, language, room)
+    return _join(sentences or [_word("nothing", language)], language)
 
 
 def _success(source: Source, run: Run, language: str, room: int) -> list[str]:
@@ -418,10 +418,26 @@ def find_run(module: str, directory: str | None, language: str) -> Run:
 
 def main(argv: list[str]) -> int:
     """Print the brief of one module, or write it to a file."""
-    parser = Parser("brief", "What to say about a module in three minutes, with the numbers of your own run.")
-    parser.add_argument("--module", required=True, help="the module")
-    parser.add_argument("--run", metavar="DIR", help="a run directory; the latest run of the module when not given")
-    parser.add_argument("--save", metavar="FILE", help="write the brief there instead of printing it")
+    parser = Parser(
+        "brief",
+        say(
+            zh="一个模块的三分钟口稿，数字来自你自己的运行。",
+            en="What to say about a module in three minutes, with the numbers of your own run.",
+        ),
+    )
+    parser.add_argument("--module", required=True, help=say(zh="模块", en="the module"))
+    parser.add_argument(
+        "--run",
+        metavar="DIR",
+        help=say(
+            zh="运行目录；不给时用这个模块最新的运行", en="a run directory; the latest run of the module when not given"
+        ),
+    )
+    parser.add_argument(
+        "--save",
+        metavar="FILE",
+        help=say(zh="把口稿写到这个文件，不打印", en="write the brief there instead of printing it"),
+    )
     args = parser.parse_args(argv)
     source = require(plan.require(args.module).name, args.lang)
     page = markdown(source, find_run(args.module, args.run, args.lang), args.lang)

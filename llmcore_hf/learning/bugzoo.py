@@ -373,16 +373,30 @@ def ask(case: Case, language: str) -> None:
 def main(argv: list[str]) -> int:
     """Ask about one broken run, or list the bugs."""
     parser = Parser(
-        "bugzoo", "A run that is really broken beside a healthy one: read summary and curves, name the bug."
+        "bugzoo",
+        say(
+            zh="一次真的出了错的运行，旁边是健康的：读摘要和曲线，说出错在哪里。",
+            en="A run that is really broken beside a healthy one: read summary and curves, name the bug.",
+        ),
     )
-    parser.add_argument("--seed", type=int, help="which case; the next one when not given")
-    parser.add_argument("--list", action="store_true", help="the bugs of the zoo, and which you have recognized")
+    parser.add_argument(
+        "--seed", type=int, help=say(zh="第几题；不给时是下一题", en="which case; the next one when not given")
+    )
+    parser.add_argument(
+        "--list",
+        action="store_true",
+        help=say(zh="所有错误，和你认出过哪些", en="the bugs of the zoo, and which you have recognized"),
+    )
     args = parser.parse_args(argv)
     if args.seed is not None and not 0 <= args.seed < 2**32:
         raise WrongOptions(
             say(zh=f"--seed {args.seed}：要在 0 到 {2**32 - 1} 之间", en=f"--seed {args.seed}: 0 to {2**32 - 1}")
         )
     if args.list:
+        if args.seed is not None:
+            raise WrongOptions(
+                say(zh="--list 列出全部错误，不能再加 --seed", en="--list shows all bugs: no --seed with it")
+            )
         print(overview(args.lang))
         return 0
     ask(prepare(next_seed() if args.seed is None else args.seed, args.lang), args.lang)

@@ -107,18 +107,32 @@ def updated(text: str, module: str, run: Run | None, language: str, file: str) -
 
 def main(argv: list[str]) -> int:
     """Show a card, or bring the cards up to date."""
-    parser = Parser("cards", "One card per module: show it, or fill in the evidence of the latest runs.")
-    parser.add_argument("--update", action="store_true", help="make missing cards, and rewrite what is between markers")
-    parser.add_argument("--module", help="one module only")
+    parser = Parser(
+        "cards",
+        say(
+            zh="每个模块一张卡片：看一张，或填入最新运行的证据。",
+            en="One card per module: show it, or fill in the evidence of the latest runs.",
+        ),
+    )
     parser.add_argument(
-        "--to", metavar="DIR", default="learning/cards", help="the cards' folder (default: learning/cards)"
+        "--update",
+        action="store_true",
+        help=say(zh="补上缺的卡片，重写标记之间的内容", en="make missing cards, and rewrite what is between markers"),
+    )
+    parser.add_argument("--module", help=say(zh="只要这个模块", en="one module only"))
+    parser.add_argument(
+        "--to",
+        metavar="DIR",
+        default="learning/cards",
+        help=say(zh="卡片的目录（默认 learning/cards）", en="the cards' folder (default: learning/cards)"),
     )
     args = parser.parse_args(argv)
     modules = [plan.require(args.module).name] if args.module else with_brief()
     if args.update:
-        for file in update(modules, Path(args.to)):
+        files, damaged = update(modules, Path(args.to))
+        for file in files:
             print(file)
-        return 0
+        return evidence.tell_damaged(damaged)
     if not args.module:
         raise UserError(
             say(
@@ -135,11 +149,19 @@ def with_brief() -> list[str]:
     return [module.name for module in registry.MODULES if brief.load(module.name)]
 
 
-def update(modules: list[str], folder: Path) -> list[Path]:
-    """Write the cards of the modules. Nothing is written when one of them lacks its markers."""
+def update(modules: list[str], folder: Path) -> tuple[list[Path], list[str]]:
+    """Write the cards of the modules, but those whose run is damaged; their paths, and what is damaged.
+
+    Nothing is written when one of them lacks its markers.
+    """
     cards: dict[Path, str] = {}
+    damaged = []
     for module in modules:
-        run = evidence.latest(module)
+        try:
+            run = evidence.latest(module)
+        except UserError as error:
+            damaged.append(str(error))
+            continue
         for language in LANGUAGES:
             file = folder / card_name(module, language)
             text = file.read_text(encoding="utf-8") if file.exists() else fresh(module, language)
@@ -147,4 +169,4 @@ def update(modules: list[str], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     for file, text in cards.items():
         write_atomically(file, text)
-    return list(cards)
+    return list(cards), damaged

@@ -148,8 +148,18 @@ CELLS = {
 
 def main(argv: list[str]) -> int:
     """Print the sheet, or write both pages into a checkout."""
-    parser = Parser("cheatsheet", "Formulas of memory, compute, attention, losses and metrics, with their values.")
-    parser.add_argument("--update", action="store_true", help="rewrite learning/CHEATSHEET.md and .en.md")
+    parser = Parser(
+        "cheatsheet",
+        say(
+            zh="内存、计算量、注意力、损失和指标的公式，都算出了值。",
+            en="Formulas of memory, compute, attention, losses and metrics, with their values.",
+        ),
+    )
+    parser.add_argument(
+        "--update",
+        action="store_true",
+        help=say(zh="重写 learning/CHEATSHEET.md 和 .en.md", en="rewrite learning/CHEATSHEET.md and .en.md"),
+    )
     args = parser.parse_args(argv)
     if not args.update:
         print(page(args.lang), end="")

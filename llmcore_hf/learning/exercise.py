@@ -259,16 +259,42 @@ def _check(exercise: Exercise, file: Path, language: str, seconds: float) -> int
 def main(argv: list[str]) -> int:
     """List the exercises, show one, or check what was written."""
     parser = Parser(
-        "exercise", "Functions to write by hand, graded property by property against independent references."
+        "exercise",
+        say(
+            zh="手撕题：自己写函数，逐条性质和独立的参考实现对照判分。",
+            en="Functions to write by hand, graded property by property against independent references.",
+        ),
     )
-    parser.add_argument("action", choices=["list", "show", "check"], help="list all, show one, or check what you wrote")
-    parser.add_argument("id", nargs="?", help="the exercise")
-    parser.add_argument("--file", metavar="FILE", help="check: your file (default: the exercise's task.py)")
     parser.add_argument(
-        "--seconds", type=float, default=SECONDS, help=f"check: limit per property (default: {SECONDS:g})"
+        "action",
+        choices=["list", "show", "check"],
+        help=say(zh="list 列出全部，show 看一题，check 检查你写的", en="list all, show one, or check what you wrote"),
     )
-    parser.add_argument("--solution", action="store_true", help="show: the reference solution instead of the task")
-    parser.add_argument("--save", metavar="FILE", help="show: write the file to fill in there")
+    parser.add_argument("id", nargs="?", help=say(zh="题目的 id", en="the exercise"))
+    parser.add_argument(
+        "--file",
+        metavar="FILE",
+        help=say(zh="check：你的文件（默认是这题的 task.py）", en="check: your file (default: the exercise's task.py)"),
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=SECONDS,
+        help=say(
+            zh=f"check：每条性质的时限（秒，默认 {SECONDS:g}）",
+            en=f"check: limit per property in seconds (default: {SECONDS:g})",
+        ),
+    )
+    parser.add_argument(
+        "--solution",
+        action="store_true",
+        help=say(zh="show：看参考答案，不看题目", en="show: the reference solution instead of the task"),
+    )
+    parser.add_argument(
+        "--save",
+        metavar="FILE",
+        help=say(zh="show：把要填写的文件写到这里", en="show: write the file to fill in there"),
+    )
     args = parser.parse_args(argv)
     problems = [say(zh=f"--{name} 只用于 `{action}`", en=f"--{name} is for `{action}`") for name, action in (("file", "check"), ("solution", "show"), ("save", "show")) if getattr(args, name) and args.action != action]  # fmt: skip
     if (args.id is None) != (args.action == "list"):

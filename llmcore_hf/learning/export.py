@@ -13,7 +13,7 @@ from llmcore_hf.durability import write_atomically
 from llmcore_hf.errors import UserError
 from llmcore_hf.learning import brief, evidence, plan
 from llmcore_hf.learning.evidence import Run
-from llmcore_hf.learning.texts import Parser
+from llmcore_hf.learning.texts import Parser, say
 from llmcore_hf.registry import Module
 
 WORDS = {
@@ -135,8 +135,18 @@ def html(found: dict[str, tuple[Run, str]], index_page: str, language: str) -> s
 
 def main(argv: list[str]) -> int:
     """Write the briefs of all modules that have a run, the index, and the page to print."""
-    parser = Parser("export", "Write the briefs of all modules that have a run, an index, and a page to print.")
-    parser.add_argument("--to", metavar="DIR", help="where to write (default: output/briefs/<lang>)")
+    parser = Parser(
+        "export",
+        say(
+            zh="导出所有跑过的模块的口稿、目录和打印版。",
+            en="Write the briefs of all modules that have a run, an index, and a page to print.",
+        ),
+    )
+    parser.add_argument(
+        "--to",
+        metavar="DIR",
+        help=say(zh="写到哪里（默认 output/briefs/<lang>）", en="where to write (default: output/briefs/<lang>)"),
+    )
     args = parser.parse_args(argv)
     found, damaged = pages(args.lang)
     folder = Path(args.to) if args.to else Path("output") / "briefs" / args.lang

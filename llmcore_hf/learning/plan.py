@@ -190,8 +190,18 @@ def updated_guide(file: Path, language: str) -> str:
 
 def main(argv: list[str]) -> int:
     """Print the roadmap, or write its tables into the guides of a checkout."""
-    parser = Parser("roadmap", "The 14 days and five levels, and which of their modules exist.")
-    parser.add_argument("--update", action="store_true", help="rewrite the tables in LEARNING_GUIDE.md and .en.md")
+    parser = Parser(
+        "roadmap",
+        say(
+            zh="14 天和五关，以及其中哪些模块已经有了。",
+            en="The 14 days and five levels, and which of their modules exist.",
+        ),
+    )
+    parser.add_argument(
+        "--update",
+        action="store_true",
+        help=say(zh="重写 LEARNING_GUIDE.md 和 .en.md 里的表", en="rewrite the tables in LEARNING_GUIDE.md and .en.md"),
+    )
     args = parser.parse_args(argv)
     if not args.update:
         print("\n\n".join(make(args.lang) for make in GENERATED.values()))

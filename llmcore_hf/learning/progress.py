@@ -257,8 +257,20 @@ def picture(progress: Progress) -> bytes:
 
 def main(argv: list[str]) -> int:
     """Show the progress, or write the certificate."""
-    parser = Parser("progress", "Days, runs, quiz, exercises, and what each level still lacks. Evidence only.")
-    parser.add_argument("--certificate", metavar="FILE", help="write a certificate of the levels passed (.md or .png)")
+    parser = Parser(
+        "progress",
+        say(
+            zh="每天、运行、测验、手撕，以及每关还差什么。只看证据。",
+            en="Days, runs, quiz, exercises, and what each level still lacks. Evidence only.",
+        ),
+    )
+    parser.add_argument(
+        "--certificate",
+        metavar="FILE",
+        help=say(
+            zh="写一份已通过各关的证书（.md 或 .png）", en="write a certificate of the levels passed (.md or .png)"
+        ),
+    )
     args = parser.parse_args(argv)
     progress = collect()
     if args.certificate:

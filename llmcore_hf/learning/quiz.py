@@ -151,17 +151,34 @@ def session(chosen: list[Item], language: str, shuffle: random.Random) -> None:
 
 def main(argv: list[str]) -> int:
     """Ask a level, a module, or what is due; or export the items."""
-    parser = Parser("quiz", "Questions with graded answers, and an explanation of every choice.")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--level", type=int, choices=LEVELS, help="ask the items of a level")
-    what.add_argument("--module", help="ask the items of a module")
-    what.add_argument("--review", action="store_true", help="ask again what was answered wrong and is due")
-    parser.add_argument(
-        "--count", type=int, metavar="N", help="ask N items at most, those not yet answered right first"
+    parser = Parser(
+        "quiz",
+        say(
+            zh="测验：作答、判分，每个选项都有解释。",
+            en="Questions with graded answers, and an explanation of every choice.",
+        ),
     )
-    parser.add_argument("--seed", type=int, help="of the order of the choices")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--level", type=int, choices=LEVELS, help=say(zh="问一关的题", en="ask the items of a level"))
+    what.add_argument("--module", help=say(zh="问一个模块的题", en="ask the items of a module"))
+    what.add_argument(
+        "--review",
+        action="store_true",
+        help=say(zh="再问答错过、到期该复习的题", en="ask again what was answered wrong and is due"),
+    )
     parser.add_argument(
-        "--export", nargs="?", const="output/quizzes", metavar="DIR", help="write Markdown and an Anki deck instead"
+        "--count",
+        type=int,
+        metavar="N",
+        help=say(zh="最多问 N 题，没答对过的在前", en="ask N items at most, those not yet answered right first"),
+    )
+    parser.add_argument("--seed", type=int, help=say(zh="选项顺序的种子", en="of the order of the choices"))
+    parser.add_argument(
+        "--export",
+        nargs="?",
+        const="output/quizzes",
+        metavar="DIR",
+        help=say(zh="不提问，写出 Markdown 和 Anki 卡组", en="write Markdown and an Anki deck instead"),
     )
     args = parser.parse_args(argv)
     if args.export is None and not (args.level or args.module or args.review):

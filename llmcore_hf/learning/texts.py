@@ -99,7 +99,8 @@ _ARGPARSE_IN_CHINESE = (
     (r"the following arguments are required: ", "缺少："),
     (r"expected one argument", "需要一个值"),
     (r"invalid choice: (\S+) \(choose from (.+)\)", r"没有 \1，可选的是 \2"),
-    (r"invalid (?:int|float) value: ", "不是数："),
+    (r"invalid int value: ", "不是整数："),
+    (r"invalid float value: ", "不是数："),
     (r"not allowed with argument ", "不能同时用 "),
 )
 
@@ -109,8 +110,14 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, command: str, description: str) -> None:
         name = program() if program().endswith("py") and " " not in program() else f"{program()} {command}"
-        super().__init__(prog=name, description=description, allow_abbrev=False)
-        self.add_argument("--lang", choices=LANGUAGES, default="zh", help="language of the texts (default: zh)")
+        super().__init__(prog=name, description=description, allow_abbrev=False, add_help=False)
+        self.add_argument("-h", "--help", action="help", help=say(zh="显示这些说明", en="show this and exit"))
+        self.add_argument(
+            "--lang",
+            choices=LANGUAGES,
+            default="zh",
+            help=say(zh="文字的语言（默认 zh）", en="language of the texts (default: zh)"),
+        )
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         """As argparse does; an empty text, such as an unset variable of the shell, is no value."""
