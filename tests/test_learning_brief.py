@@ -306,7 +306,7 @@ def test_the_head_of_a_failed_run_says_so_first(status: str, failing: int, langu
         {"zh": f"**没有成功（状态 {status}", "en": f"**It did not succeed (status {status}"}[language]
     )
     assert not re.search(r"5/5|\d of \d", head)
-    assert {"zh": f"{failing} 条检查没有通过", "en": f"{failing} checks failed"}[language] in head
+    assert {"zh": f"{failing} 条检查没有通过", "en": f"checks failed: {failing}"}[language] in head
     assert not brief._about(recorded("dpo"), language).startswith("**")
 
 

@@ -57,7 +57,7 @@ WORDS = {
     },
     "run_failed": {
         "zh": "**没有成功（状态 {status}；{failed} 条检查没有通过，{warned} 条警告）。** 运行 `{run_id}`，种子 {seed}，{seconds:.0f} 秒；另有 {passed} 条检查通过，但没有成功的运行不算成果。命令：`{command}`",
-        "en": "**It did not succeed (status {status}; {failed} checks failed, {warned} warned).** Run `{run_id}`, seed {seed}, {seconds:.0f} s; {passed} other checks passed, but a run that did not succeed is no result. Command: `{command}`",
+        "en": "**It did not succeed (status {status}; checks failed: {failed}, warned: {warned}).** Run `{run_id}`, seed {seed}, {seconds:.0f} s; passed: {passed}, but a run that did not succeed is no result. Command: `{command}`",
     },
     "length": {
         "zh": "（口稿共 {n} 字，按每分钟 {rate} 字约 {minutes:.1f} 分钟；公式写在白板上，不计入。）",
@@ -86,7 +86,7 @@ WORDS = {
     "others_passed": {"zh": "其余 {n} 条检查通过了。", "en": "The other {n} checks passed."},
     "more": {
         "zh": "还有 {failed} 条检查没有通过、{warned} 条警告，都列在 summary.json 的 checks 里。",
-        "en": "{failed} more checks failed and {warned} more warned; `checks` in summary.json lists them all.",
+        "en": "Of the other checks {failed} failed and {warned} warned; `checks` in summary.json lists them all.",
     },
     "warn_observed": {
         "zh": "检查 {id} 只得到警告，实测 {observed}，所以我不说这一点学会了。{why}",

@@ -30,7 +30,7 @@ WORDS = {
         "zh": "{file} 讲的运行已经不在了，但它被改过，所以没有删：不需要了就自己删掉",
         "en": "{file} speaks of a run that is gone, but it was changed by hand and is left there: delete it if you don't need it",
     },
-    "removed": {"zh": "删去过时的 {file}", "en": "removed {file}, whose run is gone"},
+    "removed": {"zh": "删去过时的 {file}", "en": "removed {file}, which was outdated"},
     "unknown": {
         "zh": "{file} 已损坏：不知道这里哪些文件是以前导出的，过时的口稿要自己删",
         "en": "{file} is damaged: which files here are of an earlier export is not known, so delete outdated briefs yourself",
