@@ -20,7 +20,7 @@ from llmcore_hf import cli
 from llmcore_hf.errors import UserError
 from llmcore_hf.learning import bugzoo, items, quiz, state
 from llmcore_hf.learning.breakages import BREAKAGES, Breakage
-from llmcore_hf.learning.texts import LANGUAGES
+from llmcore_hf.learning.texts import LANGUAGES, in_language_of
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -338,6 +338,47 @@ def test_leaving_keeps_the_seal_and_a_wrong_answer_counts_as_wrong(
     assert cli.main(["bugzoo", "--list"]) == 0
     assert capsys.readouterr().out.count("答错过") == 1
     assert cli.main(["quiz", "--review"]) == 0  # the quiz leaves answers to cases alone
+
+
+def test_a_case_whose_answer_is_open_is_not_kept_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Or the answer could be read after a wrong guess, and given."""
+    stored_runs(bugzoo.bug_of(0), folder / "output" / "bugzoo" / "0" / ".sealed")
+    wrong = next(letter for letter in "ABCDE" if letter != right_letter(0))
+    assert play(["--seed", "0"], wrong, monkeypatch) == 0
+    assert bugzoo.WORDS["known"]["zh"] not in capsys.readouterr().out
+    assert play(["--seed", "0"], right_letter(0), monkeypatch) == 0
+    assert bugzoo.WORDS["known"]["zh"] in capsys.readouterr().out
+    assert [answer["right"] for answer in state.read()["answers"]] == [False]
+
+
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_whoever_leaves_is_told_how_to_come_back(
+    language: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    stored_runs(bugzoo.bug_of(0), folder / "output" / "bugzoo" / "0" / ".sealed")
+    command = "python scripts/bugzoo.py --seed 0" + (" --lang en" if language == "en" else "")
+    for typed in ("", "q\n"):
+        assert play(["--lang", language], typed, monkeypatch) == 0
+        assert capsys.readouterr().out.endswith(bugzoo.WORDS["left"][language].format(command=command) + "\n")
+    assert play(["--lang", language], "Z\n?\nAB\n", monkeypatch) == 0
+    out = capsys.readouterr().out
+    assert out.rstrip().endswith(command.replace("--seed 0", "--seed 1"))
+    assert [answer["right"] for answer in state.read()["answers"]] == [False]
+
+
+@pytest.mark.parametrize("file", ["summary.json", "log_history.jsonl"])
+@pytest.mark.parametrize(("language", "said"), [("zh", "已损坏"), ("en", "is damaged")])
+def test_damaged_runs_of_a_case_are_one_message(language: str, said: str, file: str, folder: Path, capsys: Any) -> None:
+    sealed = folder / "output" / "bugzoo" / "0" / ".sealed"
+    stored_runs(bugzoo.bug_of(0), sealed)
+    (sealed / "broken" / file).write_text("{\n")
+    assert cli.main(["bugzoo", "--seed", "0", "--lang", language]) == 1
+    shown = capsys.readouterr().err
+    with in_language_of(["--lang", language]):
+        assert said in shown and bugzoo._made_again(sealed) in shown
+    assert state.read()["answers"] == []
 
 
 def test_runs_that_do_not_show_their_bug_are_not_asked_about(folder: Path, capsys: Any) -> None:

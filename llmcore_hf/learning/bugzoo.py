@@ -66,6 +66,14 @@ WORDS = {
         "en": "Its own checks all passed: none noticed this bug, only reading the metrics does.",
     },
     "opened": {"zh": "两次运行的完整记录：{folder}", "en": "The whole record of both runs: {folder}"},
+    "known": {
+        "zh": "这一题的答案已经公开过：可以再做一遍，但不再记入进度。",
+        "en": "The answer to this one is open already: answer it again if you like, it is not kept in your progress.",
+    },
+    "left": {
+        "zh": "没有作答，答案还封着。再来：{command}",
+        "en": "Not answered, so the answer stays sealed. To come back: {command}",
+    },
     "next": {"zh": "下一题：{command}", "en": "The next one: {command}"},
     "list": {"zh": "| 错误 | 模块 | 结果 |", "en": "| Bug | Module | Result |"},
     "found": {"zh": "认出过", "en": "recognized"},
@@ -132,7 +140,10 @@ def prepare(seed: int, language: str, root: Path = ROOT) -> Case:
             print(WORDS["making"][language], flush=True)
             runs = _make(folder, bug, seed)
     module = module_of(bug)
-    case = Case(seed, folder, bug, *(evidence.read(runs / name, module) for name in ("healthy", "broken")))
+    try:
+        case = Case(seed, folder, bug, *(evidence.read(runs / name, module) for name in ("healthy", "broken")))
+    except UserError as error:
+        raise UserError(f"{error}\n{_made_again(runs)}") from None
     if unclear := [row for row in telltales(case) if not row.holds]:
         n = f"{len(unclear)}/{len(telltales(case))}"
         raise UserError(
@@ -244,8 +255,16 @@ def curves(case: Case) -> dict[str, dict[str, list[tuple[int, float]]]]:
 
 
 def _history(run: Run) -> list[dict[str, Any]]:
-    lines = (run.path / "log_history.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    file = run.path / "log_history.jsonl"
+    try:
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        said = say(zh=f"{file} 已损坏（{error}）。", en=f"{file} is damaged ({error}).")
+        raise UserError(f"{said} {_made_again(run.path.parent)}") from None
+
+
+def _made_again(runs: Path) -> str:
+    return say(zh=f"删掉 {runs}，这两次运行会重新做", en=f"Delete {runs}, and both runs are made again")
 
 
 def charts(case: Case) -> str:
@@ -360,14 +379,24 @@ def ask(case: Case, language: str) -> None:
         write_atomically(case.folder / f"{name}.json", content + "\n")
     print(page(case, language).replace("![](evidence.png)\n\n", ""))
     print(WORDS["files"][language].format(picture=case.folder / "evidence.png", folder=case.folder))
+    known = (case.folder / OPEN).is_dir()
+    if known:
+        print(WORDS["known"][language])
     result = quiz.ask(item(case), language, random.Random(case.seed))
     if result is None:
+        if not known:
+            print(WORDS["left"][language].format(command=_command(case.seed, language)))
         return
-    state.record_answer(item(case).id, result)
+    if not known:
+        state.record_answer(item(case).id, result)
     unseal(case, language)
     print(f"\n{disclosure(case, language)}\n")
     print(WORDS["opened"][language].format(folder=case.folder / OPEN))
-    print(WORDS["next"][language].format(command=f"python scripts/bugzoo.py --seed {case.seed + 1}"))
+    print(WORDS["next"][language].format(command=_command(case.seed + 1, language)))
+
+
+def _command(seed: int, language: str) -> str:
+    return f"python scripts/bugzoo.py --seed {seed}" + (f" --lang {language}" if language != "zh" else "")
 
 
 def main(argv: list[str]) -> int:
