@@ -39,3 +39,9 @@ class Check:
             "why_zh": self.why_zh,
             "why_en": self.why_en,
         }
+
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> Check:
+        """The check that `as_dict` described."""
+        passed = {"pass": True, "skip": None}.get(found["status"], False)
+        return cls(passed=passed, **{name: found[name] for name in found if name != "status"})

@@ -44,6 +44,26 @@ class LessonArguments(RunArguments):
         """What is wrong with the options, one sentence each, naming the option and what it may be."""
         return []
 
+    def below(self, **least: int) -> list[str]:
+        """The options that are less than they may be."""
+        return [f"--{name} {getattr(self, name)}: at least {n}" for name, n in least.items() if getattr(self, name) < n]
+
+    def no_multiples(self, **factors: tuple[int, str]) -> list[str]:
+        """The options that are no positive multiple of a factor, given with the reason for it."""
+        return [
+            f"--{name} {getattr(self, name)}: a positive multiple of {factor} ({why})"
+            for name, (factor, why) in factors.items()
+            if getattr(self, name) < 1 or getattr(self, name) % factor
+        ]
+
+    def not_positive(self, *names: str) -> list[str]:
+        """The options that are no positive, finite number."""
+        return [
+            f"--{name} {getattr(self, name)}: a positive number"
+            for name in names
+            if not 0 < getattr(self, name) < float("inf")
+        ]
+
 
 def environment_problems(env_id: str, *, tabular: bool = False, time_limit: bool = False) -> list[str]:
     """Why a lesson cannot use this Gymnasium environment: at most one sentence. All lessons need discrete actions.

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from llmcore_hf import distributed, registry
-from llmcore_hf.checks import Check
 from llmcore_hf.config import Config
 from llmcore_hf.durability import Interrupted, last_complete
 from llmcore_hf.errors import UserError
@@ -95,10 +94,3 @@ def merged_eval(summaries: Mapping[str, Any]) -> dict[str, Any]:
         }
         for part in ("before", "after", "delta", "ci95", "n")
     }
-
-
-def as_check(found: dict[str, Any]) -> Check:
-    """A check that a stage has made."""
-    passed = {"pass": True, "skip": None}.get(found["status"], False)
-    values = {name: found[name] for name in ("id", "kind", "observed", "expected", "why_zh", "why_en")}
-    return Check(passed=passed, **values)

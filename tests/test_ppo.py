@@ -15,7 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ppo_toys import V, config, lora, policy, small_trainer, tokenizer
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from llmcore_hf.models import tiny
 from llmcore_hf.ppo import PPOConfig, PPOTrainer, advantages, losses, model, rewards, rollout
@@ -197,6 +204,19 @@ def test_a_wrong_reward_names_function_batch_and_sample(returned: Any, words: st
     assert words in str(caught.value) and "the rollout before step 1" in str(caught.value)
 
 
+def test_what_one_function_does_to_its_lists_the_next_does_not_see() -> None:
+    def first(prompts, completions, completion_ids, answer, **kwargs):
+        found = [1.0] * len(completions)
+        for values in (prompts, completions, completion_ids[0], answer):
+            values.clear()
+        return found
+
+    batch = rewards.Batch(["a", "b"], ["x", "y"], [[1, 2], [3]], {"answer": [5, 6]}, "the batch")
+    for scorer in rewards.make_scorers([first, one], None):
+        assert scorer(batch, 2).tolist() == [1.0, 1.0]
+    assert batch == rewards.Batch(["a", "b"], ["x", "y"], [[1, 2], [3]], {"answer": [5, 6]}, "the batch")
+
+
 def test_a_reward_that_raises_is_named() -> None:
     def broken(**kwargs):
         raise KeyError("answer")
@@ -286,6 +306,7 @@ def test_a_weighted_sum_beyond_float32_is_refused() -> None:
         ({"kl_target": 1.0, "kl_coef": 0.0}, "kl_target needs"),
         ({"total_episodes": 10, "max_steps": 5}, "exclude each other"),
         ({"truncated_completions": "cut"}, "must be one of"),
+        ({"top_k": None}, "top_k must not be negative, not None"),
     ],
 )
 def test_impossible_options_are_named(tmp_path: Path, options: dict[str, Any], words: str) -> None:
@@ -353,6 +374,23 @@ def test_a_prompt_without_tokens_is_refused(tmp_path: Path, prompts: list[str]) 
     conversations = Dataset.from_dict({"prompt": [[{"role": "user", "content": "t1"}], []]})
     with pytest.raises(ValueError, match="eval_dataset, row 1: the prompt is empty"):
         PPOTrainer(policy(0), one, config(tmp_path), eval_dataset=conversations, processing_class=tokenizer())
+
+
+@pytest.mark.parametrize("prompt", [3, 2.5, True])
+def test_a_prompt_that_is_no_text_is_refused_with_its_row(tmp_path: Path, prompt: Any) -> None:
+    rows = [{"prompt": "t1"}, {"prompt": prompt}]
+    with pytest.raises(ValueError, match=f"train_dataset, row 1: the prompt is {type(prompt).__name__}: it must be"):
+        PPOTrainer(policy(0), one, config(tmp_path), rows, processing_class=tokenizer())  # type: ignore[arg-type]
+
+
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(tmp_path: Path) -> None:
+    sizes = {"per_device_train_batch_size": 2, "max_completion_length": 60, "num_ppo_epochs": 1, "max_steps": 1}
+    room = policy(0).config.max_position_embeddings - 60
+    prompts = Dataset.from_dict({"prompt": [" ".join(["t1"] * room), " ".join(["t2"] * (room + 1))]})
+    trainer = PPOTrainer(policy(0), one, config(tmp_path, **sizes), prompts, processing_class=tokenizer())
+    with pytest.raises(ValueError, match=f"has {room + 1} tokens, .* leaves room for {room} .* begins: 't2 t2"):
+        trainer.train()
+    assert trainer.complete([prompts[0]], trainer.sampling, "the rollout")[1] == [[1] * room]
 
 
 def one(completions, **kwargs):
@@ -437,6 +475,56 @@ def test_one_of_several_processes_does_not_spread_the_model_over_all_devices(
     with pytest.raises(InterruptedError):
         PPOTrainer("some/model", lambda **kwargs: [], args, processing_class=tokenizer())
     assert given[0].get("device_map", "not given") == (None if processes > 1 else "not given")
+
+
+def test_an_episode_is_a_completion_and_eps_counts_those_of_this_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a checkpoint of 64 episodes the count goes on, and the speed is of what came after it."""
+    small_trainer(tmp_path, max_steps=4, logging_steps=4, save_steps=4).train()
+    resumed = small_trainer(tmp_path, max_steps=8, logging_steps=4, save_steps=4)
+    clock = itertools.count(100.0, 2.0)  # the trainer looks at it when it begins, and at each log row
+    monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: next(clock))
+    resumed.train(resume_from_checkpoint=True)
+    rows = [row for row in resumed.state.log_history if "eps" in row]
+    assert [row["episode"] for row in rows] == [64, 128]
+    assert rows[-1]["eps"] == 64 / 2.0
+
+
+def test_the_data_seed_orders_the_prompts_and_the_seed_draws_the_answers(tmp_path: Path) -> None:
+    def order(**options: Any) -> list[int]:
+        trainer = small_trainer(tmp_path, **options)
+        trainer.get_train_dataloader()
+        assert trainer._sampler is not None
+        return [row for batch in trainer._sampler for row in batch]
+
+    plain = order(seed=1)
+    assert order(seed=1, data_seed=1) == plain == order(seed=2, data_seed=1)
+    assert order(seed=1, data_seed=2) != plain and order(seed=1, data_seed=2) == order(seed=2)
+
+
+@pytest.mark.parametrize("disable", [True, False])
+def test_dropout_is_off_unless_it_is_wanted(tmp_path: Path, disable: bool) -> None:
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=16, n_layer=1, n_head=1, pad_token_id=V - 2))
+    args = config(tmp_path, disable_dropout=disable)
+    trainer = PPOTrainer(base, one, args, Dataset.from_dict({"prompt": ["t1"]}), processing_class=tokenizer())
+    rates = {m.p for m in trainer.model.modules() if isinstance(m, torch.nn.Dropout)}
+    assert rates == ({0.0} if disable else {0.1})
+
+
+def test_the_table_shows_the_advantage_of_each_completion(tmp_path: Path) -> None:
+    """Whitened ones: the better completion has a positive mean advantage, the worse one a negative one."""
+
+    def good_and_bad(prompts, completions, **kwargs):
+        return [10.0 if prompt == "t1" else -10.0 for prompt in prompts]
+
+    prompts = Dataset.from_dict({"prompt": ["t1", "t2"]})
+    args = config(tmp_path, log_completions=True, per_device_train_batch_size=2, max_completion_length=3)
+    trainer = PPOTrainer(policy(0), good_and_bad, args, prompts, processing_class=tokenizer())
+    trainer.make_rollout(list(prompts))
+    assert trainer._table is not None
+    better, worse = trainer._table[2]
+    assert better > 0 > worse
 
 
 def test_completions_are_shown_when_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,6 +68,13 @@ def plain_logprobs(model: Any, prompt: list[int], completion: list[int], tempera
     return found
 
 
+def plain_entropies(model: Any, prompt: list[int], completion: list[int], temperature: float) -> list[float]:
+    """-sum p log p of the distribution that each token was drawn from."""
+    logits = model(torch.tensor([prompt + completion])).logits[0].detach().double() / temperature
+    p = logits[len(prompt) - 1 : -1].softmax(-1).numpy()
+    return [float(x) for x in -(p * np.log(p)).sum(-1)]
+
+
 def plain_values(trainer: PPOTrainer, prompt: list[int], completion: list[int]) -> list[float]:
     """V of the text before each token, and of the whole."""
     values = trainer.model.value_model(torch.tensor([prompt + completion])).logits[0, :, 0].detach()
@@ -77,12 +84,16 @@ def plain_values(trainer: PPOTrainer, prompt: list[int], completion: list[int]) 
 def reference_rollout(trainer: PPOTrainer) -> dict[str, list[list[float]]]:
     """Everything about each completion, by sums written down from the papers."""
     args = trainer.args
-    rows: dict[str, list[list[float]]] = {"logprobs": [], "values": [], "rewards": [], "advantages": []}
+    rows: dict[str, list[list[float]]] = {
+        name: [] for name in ("logprobs", "ref_logprobs", "entropies", "values", "rewards", "advantages")
+    }
     for prompt, completion, score in zip(PROMPTS, COMPLETIONS, SCORES, strict=True):
         ids = trainer.processing_class(prompt)["input_ids"]
         own = plain_logprobs(trainer.model.policy, ids, completion, args.temperature)
         ref = plain_logprobs(trainer.ref_model, ids, completion, args.temperature)
         rows["logprobs"].append(own)
+        rows["ref_logprobs"].append(ref)
+        rows["entropies"].append(plain_entropies(trainer.model.policy, ids, completion, args.temperature))
         rows["values"].append(plain_values(trainer, ids, completion))
         penalized = [-args.kl_coef * (a - b) for a, b in zip(own, ref, strict=True)]
         if completion[-1] == END or args.truncated_completions == "score":
@@ -128,7 +139,16 @@ def test_a_rollout_is_what_the_papers_say(tmp_path: Path, truncated: str, whiten
             assert not ours[i, n:].any(), "padding holds zeros"
     logged = {name: values[0] for name, values in trainer._rollout_means.items()}
     assert logged["objective/entropy"] == pytest.approx(-np.mean([sum(row) for row in expected["logprobs"]]), abs=1e-5)
-    assert logged["val/num_eos_tokens"] == pytest.approx(sum(row[-1] == END for row in COMPLETIONS))
+    n_ended = sum(row[-1] == END for row in COMPLETIONS)
+    assert logged["val/num_eos_tokens"] == pytest.approx(n_ended) and 0 < n_ended < len(COMPLETIONS)
+    assert logged["completions/eos_rate"] == pytest.approx(n_ended / len(COMPLETIONS))
+    assert logged["completions/mean_length"] == pytest.approx(np.mean([len(row) for row in COMPLETIONS]))
+    assert logged["policy/entropy_avg"] == pytest.approx(np.mean(np.concatenate(expected["entropies"])), abs=1e-5)
+    pairs = zip(expected["logprobs"], expected["ref_logprobs"], strict=True)
+    kl = np.mean([sum(own) - sum(ref) for own, ref in pairs])
+    assert logged["objective/kl"] == pytest.approx(kl, abs=1e-5) and abs(kl) > 0.002
+    assert logged["objective/non_score_reward"] == pytest.approx(-trainer.args.kl_coef * kl, abs=1e-5)
+    assert logged["objective/scores"] == pytest.approx(np.mean(SCORES))
     if not whitened:
         total = np.mean([sum(row) for row in expected["rewards"]])
         assert logged["objective/rlhf_reward"] == pytest.approx(total, abs=1e-5)

@@ -241,7 +241,7 @@ def test_on_a_cpu_speed_is_told_and_not_judged(found: Findings) -> None:
         ({"hidden_size": 12}, "multiple of 8"),
         ({"max_steps": 3}, "at least 4"),
         ({"init_scale": 0.0}, "positive number"),
-        ({"growth_interval": 0}, "positive"),
+        ({"growth_interval": 0}, "growth_interval 0: at least 1"),
     ],
 )
 def test_impossible_options_are_refused(options: dict[str, Any], problem: str) -> None:

@@ -22,7 +22,7 @@ from llmcore_hf.curves import HELD_OUT, REJECTED, TRAIN, Line, Panel, draw
 from llmcore_hf.errors import ConfigError
 from llmcore_hf.models.tiny import TINY_MODELS
 from llmcore_hf.run_dir import RunDirectory
-from llmcore_hf.stages import as_check, merged_eval, read_summary, run_stage
+from llmcore_hf.stages import merged_eval, read_summary, run_stage
 
 STAGES = ("sft", "reward", "ppo")
 # The gold reward may end this far below the best it has been, before it counts as over-optimization.
@@ -124,7 +124,7 @@ def run(config: Config, run_dir: RunDirectory) -> None:
         {"stage": stage, **sample} for stage in STAGES for sample in summaries[stage]["samples"]
     ]
     gold = gold_reward(config)
-    run_dir.checks += [as_check(found) for stage in STAGES for found in summaries[stage]["checks"]]
+    run_dir.checks += [Check.from_dict(found) for stage in STAGES for found in summaries[stage]["checks"]]
     run_dir.checks += gold_checks(summaries["ppo"]["eval"], rows, gold)
     run_dir.write("training_curves.png", draw_curves(run_dir, gold))
 

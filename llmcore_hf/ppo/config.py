@@ -131,7 +131,7 @@ class PPOConfig(TrainingArguments):
             if value is not None and not 0 < value < math.inf:
                 problems.append(f"{name} must be greater than 0, not {value}")
         for name in ("kl_coef", "vf_coef", "entropy_coef", "missing_eos_penalty", "top_k"):
-            if not 0 <= getattr(self, name) < math.inf:
+            if getattr(self, name) is None or not 0 <= getattr(self, name) < math.inf:
                 problems.append(f"{name} must not be negative, not {getattr(self, name)}")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:

@@ -77,12 +77,14 @@ class Scorer:
         if isinstance(self.func, nn.Module):
             return self._ask_model(batch, batch_size)
         try:
+            # lists of its own: what one function does to them, the next one does not see
+            columns = {name: list(values) for name, values in batch.columns.items()}
             values = self.func(
-                prompts=batch.prompts,
-                completions=batch.completions,
-                completion_ids=batch.completion_ids,
+                prompts=list(batch.prompts),
+                completions=list(batch.completions),
+                completion_ids=[list(ids) for ids in batch.completion_ids],
                 **given,
-                **batch.columns,
+                **columns,
             )
             if inspect.iscoroutine(values):
                 values = _result_of(values)

@@ -393,6 +393,7 @@ class PPOTrainer(Trainer):
             ]
         else:
             prompt_ids = tokenizer(prompts)["input_ids"]
+        self._check_lengths(prompt_ids, name)
         with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model, self.accelerator.autocast():
             size = self.args.local_rollout_forward_batch_size
             completion_ids = generate(model.policy, prompt_ids, config, size, self.accelerator.device)
@@ -400,6 +401,18 @@ class PPOTrainer(Trainer):
         completions = [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts
         columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
         return Batch(prompts, completions, completion_ids, columns, name), prompt_ids
+
+    def _check_lengths(self, prompt_ids: list[list[int]], name: str) -> None:
+        """Raises `ValueError` for a prompt that leaves no room in the context: beyond it a model answers nonsense, or fails."""
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        room = context - self.args.max_completion_length
+        for row, ids in enumerate(prompt_ids):
+            if len(ids) > room:
+                raise ValueError(
+                    f"{name}: prompt {row} has {len(ids)} tokens, and max_completion_length {self.args.max_completion_length} "
+                    f"leaves room for {room} in the model's context of {context}: shorten it, or lower "
+                    f"max_completion_length. It begins: {self.processing_class.decode(ids[:50])!r}"
+                )
 
     def score(
         self,
@@ -671,9 +684,14 @@ def _check_columns(name: str, dataset: Any) -> None:
 
 
 def _check_prompts(name: str, dataset: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises `ValueError` for a prompt without tokens: nothing would be there to predict an answer from."""
+    """Raises `ValueError` for a prompt that is no text, or has no tokens to predict an answer from."""
     prompts = dataset["prompt"] if hasattr(dataset, "column_names") else (row["prompt"] for row in dataset)
     for row, prompt in enumerate(prompts):
+        if not isinstance(prompt, str | list):
+            raise ValueError(
+                f"{name}, row {row}: the prompt is {type(prompt).__name__}: it must be a text, or a list of messages with "
+                "`role` and `content`"
+            )
         blank = not prompt.strip() if isinstance(prompt, str) else not prompt
         if blank and not (isinstance(prompt, str) and tokenizer(prompt)["input_ids"]):
             raise ValueError(f"{name}, row {row}: the prompt is empty: fill it in, or remove the row")

@@ -88,24 +88,22 @@ class Args(lesson.LessonArguments):
     )
 
     def problems(self) -> list[str]:
-        found = []
-        for name, least in {"max_steps": 3, "num_processes": 2, "num_hidden_layers": 1, "max_length": 1}.items():
-            if getattr(self, name) < least:
-                found.append(f"--{name} {getattr(self, name)}: at least {least}")
-        multiples = {
-            "batch_size": (max(self.num_processes, 1), "a share for each of --num_processes"),
-            "hidden_size": (max(2 * self.num_attention_heads, 1), "an even size of each attention head"),
-            "intermediate_size": (1, "a width"),
-            "num_attention_heads": (1, "a number of heads"),
-        }
-        for name, (factor, why) in multiples.items():
-            value = getattr(self, name)
-            if value < 1 or value % factor:
-                found.append(f"--{name} {value}: a positive multiple of {factor} ({why})")
-        for name in ("learning_rate", "adam_epsilon", "tolerance"):
-            if not 0 < getattr(self, name) < float("inf"):
-                found.append(f"--{name} {getattr(self, name)}: a positive number")
-        return found
+        head = max(2 * self.num_attention_heads, 1)
+        return [
+            *self.below(
+                max_steps=3,
+                num_processes=2,
+                num_hidden_layers=1,
+                num_attention_heads=1,
+                intermediate_size=1,
+                max_length=1,
+            ),
+            *self.no_multiples(
+                batch_size=(max(self.num_processes, 1), "a share for each of --num_processes"),
+                hidden_size=(head, "an even size of each attention head"),
+            ),
+            *self.not_positive("learning_rate", "adam_epsilon", "tolerance"),
+        ]
 
     @property
     def shape(self) -> ModelShape:

@@ -56,18 +56,17 @@ class Args(lesson.LessonArguments):
 
     def problems(self) -> list[str]:
         found = [
-            f"--{name} {getattr(self, name)}: a positive multiple of {factor}"
-            for name, factor in {"hidden_size": 8, "batch_size": 4, "num_hidden_layers": 1, "max_length": 1}.items()
-            if getattr(self, name) < 1 or getattr(self, name) % factor
+            *self.below(num_hidden_layers=1, max_length=1, kills=1),
+            *self.no_multiples(
+                hidden_size=(8, "four attention heads of an even size"),
+                batch_size=(4, "a share for each of 1, 2 or 4 processes"),
+            ),
+            *self.not_positive("learning_rate"),
         ]
-        if self.kills < 1:
-            found.append(f"--kills {self.kills}: at least 1")
         if not 1 <= self.save_steps < self.max_steps:
             found.append(
                 f"--save_steps {self.save_steps}: from 1 to --max_steps ({self.max_steps}), the end not included"
             )
-        if not 0 < self.learning_rate < float("inf"):
-            found.append(f"--learning_rate {self.learning_rate}: a positive number")
         return found
 
 

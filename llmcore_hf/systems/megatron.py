@@ -100,28 +100,21 @@ class Args(lesson.LessonArguments):
     )
 
     def problems(self) -> list[str]:
-        found = []
-        for name, least in {"max_steps": 3, "bubble_steps": 3}.items():
-            if getattr(self, name) < least:
-                found.append(f"--{name} {getattr(self, name)}: at least {least}, the third step is the one measured")
-        multiples = {
-            "num_hidden_layers": (4, "two pipeline ranks of two chunks"),
-            "num_attention_heads": (2, "two tensor-parallel ranks"),
-            "intermediate_size": (2, "two tensor-parallel ranks"),
-            "max_length": (2, "two sequence-parallel ranks"),
-            "num_microbatches": (2, "two pipeline ranks"),
-            "batch_size": (max(2 * self.num_microbatches, 1), "two data-parallel ranks times --num_microbatches"),
-            "hidden_size": (max(2 * self.num_attention_heads, 1), "an even size of each attention head"),
-            "bubble_hidden_size": (max(2 * self.num_attention_heads, 1), "an even size of each attention head"),
-        }
-        for name, (factor, why) in multiples.items():
-            value = getattr(self, name)
-            if value < 1 or value % factor:
-                found.append(f"--{name} {value}: a positive multiple of {factor} ({why})")
-        for name in ("learning_rate", "adam_epsilon", "tolerance", "stage_seconds"):
-            if not 0 < getattr(self, name) < float("inf"):
-                found.append(f"--{name} {getattr(self, name)}: a positive number")
-        return found
+        head = max(2 * self.num_attention_heads, 1)
+        return [
+            *self.below(max_steps=3, bubble_steps=3),  # the third step is the one measured
+            *self.no_multiples(
+                num_hidden_layers=(4, "two pipeline ranks of two chunks"),
+                num_attention_heads=(2, "two tensor-parallel ranks"),
+                intermediate_size=(2, "two tensor-parallel ranks"),
+                max_length=(2, "two sequence-parallel ranks"),
+                num_microbatches=(2, "two pipeline ranks"),
+                batch_size=(max(2 * self.num_microbatches, 1), "two data-parallel ranks times --num_microbatches"),
+                hidden_size=(head, "an even size of each attention head"),
+                bubble_hidden_size=(head, "an even size of each attention head"),
+            ),
+            *self.not_positive("learning_rate", "adam_epsilon", "tolerance", "stage_seconds"),
+        ]
 
     @property
     def shape(self) -> ModelShape:

@@ -60,23 +60,11 @@ class Args(lesson.LessonArguments):
     )
 
     def problems(self) -> list[str]:
-        found = [
-            f"--{name} {getattr(self, name)}: a positive multiple of {factor}"
-            for name, factor in {
-                "hidden_size": 8,
-                "num_hidden_layers": 1,
-                "max_length": 1,
-                "batch_size": 1,
-                "growth_interval": 1,
-            }.items()
-            if getattr(self, name) < 1 or getattr(self, name) % factor
+        return [
+            *self.below(max_steps=4, num_hidden_layers=1, max_length=1, batch_size=1, growth_interval=1),
+            *self.no_multiples(hidden_size=(8, "four attention heads of an even size")),
+            *self.not_positive("learning_rate", "adam_epsilon", "init_scale"),
         ]
-        if self.max_steps < 4:
-            found.append(f"--max_steps {self.max_steps}: at least 4")
-        for name in ("learning_rate", "adam_epsilon", "init_scale"):
-            if not 0 < getattr(self, name) < float("inf"):
-                found.append(f"--{name} {getattr(self, name)}: a positive number")
-        return found
 
 
 house_defaults, check = lesson.house_defaults, lesson.check
