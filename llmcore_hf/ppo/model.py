@@ -29,6 +29,9 @@ VALUE = "value"  # name of the critic's adapter
 VALUE_FOLDER = "value_model"  # where the critic is saved, beside the policy
 CHECKPOINT_WEIGHTS = "model.safetensors"  # where the Trainer looks when it resumes
 POLICY_PREFIX = "policy."
+ONE_PASS = (
+    2**18
+)  # logits, 1 MB; TRL's loop over sequences saves memory, and takes three times as long where there is none to save
 
 
 class PolicyAndValue(nn.Module):
@@ -241,6 +244,9 @@ def completion_logprobs(
     tokens = input_ids[:, -n_completion:]
     if with_entropy:
         return selective_log_softmax_and_entropy(logits, tokens, temperature=temperature)
+    if logits.numel() <= ONE_PASS:
+        flat = selective_log_softmax(logits.flatten(0, 1)[None], tokens.flatten()[None], temperature=temperature)
+        return flat.view_as(tokens), None
     return selective_log_softmax(logits, tokens, temperature=temperature), None
 
 
