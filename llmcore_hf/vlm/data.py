@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmcore_hf.data.auditing import RowCheck
 from llmcore_hf.data.formats import FieldProblem
 from llmcore_hf.data.loading import DataArguments, Splits, load
 from llmcore_hf.data.reading import IMAGE_COLUMNS, image_feature
@@ -42,18 +43,25 @@ def load_splits(
         BadData: rows have problems, and `--on_bad_rows` does not let the run go on.
     """
     name = str(args.dataset_name)
-    folder = None if name in TOY_DATASETS else _folder_of(name)
-
-    def row_check(row: dict[str, Any]) -> Iterator[FieldProblem]:
-        if not row.keys() & set(IMAGE_COLUMNS):  # the same of each row: said once
-            raise UserError(f"{name} has no column `image` or `images`: add one, or map it with --columns images=NAME")
-        yield from check_row(row, folder, images_per_row, decode=name not in TOY_DATASETS)
-
-    splits = load(args, "sft", seed, None, chooses_best, None, bad_rows_file, row_check)
+    check = row_check_of(name, images_per_row)
+    splits = load(args, "sft", seed, None, chooses_best, None, bad_rows_file, check)
     if name in TOY_DATASETS:
         return splits
-    rows = {role: as_trained(getattr(splits, role), folder) for role in ("train", "validation", "test")}
+    rows = {role: as_trained(getattr(splits, role), _folder_of(name)) for role in ("train", "validation", "test")}
     return replace(splits, **rows)
+
+
+def row_check_of(name: str, images_per_row: int | None) -> RowCheck:
+    """What finds problems of the images in a row of the dataset `name`; see `check_row`."""
+    is_toy = name in TOY_DATASETS
+    folder = None if is_toy else _folder_of(name)
+
+    def check(row: dict[str, Any]) -> Iterator[FieldProblem]:
+        if not row.keys() & set(IMAGE_COLUMNS):  # the same of each row: said once
+            raise UserError(f"{name} has no column `image` or `images`: add one, or map it with --columns images=NAME")
+        yield from check_row(row, folder, images_per_row, decode=not is_toy)
+
+    return check
 
 
 def _folder_of(name: str) -> Path | None:
