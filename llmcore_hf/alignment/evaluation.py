@@ -257,9 +257,8 @@ def generate_from(
                     pad_token_id=tokenizer.pad_token_id,
                     **how,
                 )
-            n_given = (
-                1 if has_encoder(model) else inputs["input_ids"].shape[1]
-            )  # the token to begin with, or the prompt
+            # what was not generated: the prompt, or the one token that a decoder begins with
+            n_given = 1 if has_encoder(model) else inputs["input_ids"].shape[1]
             for i, ids in zip(batch, output[:, n_given:].tolist(), strict=True):
                 length = next((n + 1 for n, token in enumerate(ids) if token in stops), len(ids))
                 ended = bool(ids[:length]) and ids[length - 1] in stops

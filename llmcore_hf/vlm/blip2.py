@@ -306,9 +306,8 @@ def measure_stage1(trainer: StagedTrainer, job: VisionJob, held_out: HeldOut) ->
     """On held-out images and captions, one value each: matching pairs and hard negatives told apart (ITM), the right text
     found among all (ITC), every word of the text the likeliest one (ITG)."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    rows = [
-        row for row in held_out.rows if is_caption(row)
-    ] or held_out.rows  # as `caption_rows` chooses what it trains on
+    captions = [row for row in held_out.rows if is_caption(row)]
+    rows = captions or held_out.rows  # as `caption_rows` chooses what the stage trains on
     device = trainer.accelerator.device
     text = text_inputs(job.tokenizer, [answer_of(row) for row in rows]).to(device)
     ids, mask = text["input_ids"], text["attention_mask"]
