@@ -46,7 +46,13 @@ def load_splits(
     def row_check(row: dict[str, Any]) -> Iterator[FieldProblem]:
         yield from check_row(row, folder, images_per_row, decode=name not in TOY_DATASETS)
 
-    splits = load(args, "sft", seed, None, chooses_best, None, bad_rows_file, row_check)
+    def row_links(row: dict[str, Any]) -> Iterator[bytes]:
+        """Several questions about one image are held out together, or not at all."""
+        keys = (images.content_key(located(source, folder)) for source in images_of(row))
+        yield from (key for key in keys if key is not None)
+
+    links = None if name in TOY_DATASETS else row_links
+    splits = load(args, "sft", seed, None, chooses_best, None, bad_rows_file, row_check, links)
     if not {"image", "images"} & set(splits.train.column_names):
         raise UserError(f"{name} has no column `image` or `images`: add one, or map it with --columns images=NAME")
     if name in TOY_DATASETS:
