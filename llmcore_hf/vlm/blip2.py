@@ -215,12 +215,16 @@ class Blip2(VisionLesson):
                 DataCollatorForVisionLanguageModeling(job.processor, args.max_length, completion_only_loss=True)
             ),
         )
-        rows = splits.train
+        rows, frozen, rate = splits.train, (TOWER, LANGUAGE_MODEL), args.learning_rate
+        everything = range(len(rows))
+        with_language_model = starts_with((*GENERATES, LANGUAGE_MODEL))
         trainer.begin(
             [
-                Stage(STAGE1, stage1, options.stage1_learning_rate, starts_with(REPRESENTS), caption_rows(rows)),
-                Stage(STAGE2, stage2 - with_lm, args.learning_rate, starts_with(GENERATES), range(len(rows))),
-                Stage(STAGE3, with_lm, args.learning_rate, starts_with((*GENERATES, LANGUAGE_MODEL)), range(len(rows))),
+                Stage(
+                    STAGE1, stage1, options.stage1_learning_rate, starts_with(REPRESENTS), caption_rows(rows), frozen
+                ),
+                Stage(STAGE2, stage2 - with_lm, rate, starts_with(GENERATES), everything, frozen),
+                Stage(STAGE3, with_lm, rate, with_language_model, everything, frozen=(TOWER,)),
             ]
         )
         return trainer

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 house_defaults = training.house_defaults
 NEW = ("resampler", "cross_attentions")  # what learns
+FROZEN = ("vision_model", "language_model")
 N_SHOT_ROWS = 120  # held-out questions for each number of examples
 
 
@@ -134,7 +135,7 @@ class Flamingo(VisionLesson):
         trainer.gate_learning_rate = config.part(FlamingoArguments).gate_learning_rate
         rows = splits.train
         n_turns = [len(row["prompt"]) for row in rows.select_columns(["prompt"])]  # rows with examples are much longer
-        stage = Stage("training", n_steps, args.learning_rate, learns, range(len(rows)), n_turns)
+        stage = Stage("training", n_steps, args.learning_rate, learns, range(len(rows)), FROZEN, n_turns)
         trainer.begin([stage])
         return trainer
 

@@ -147,6 +147,7 @@ class Stage:
         learning_rate: the peak of its own schedule.
         trains: name of a parameter -> whether it learns; those that the checkpoint or PEFT froze never do.
         rows: numbers of the training rows it draws from.
+        frozen: parts of the model that must stay as they are, by a module's name: what is checked, whatever `trains` says.
         lengths: for each training row how long it is, in any unit, when they differ much: batches are then of similar rows,
             and little is padded.
     """
@@ -156,6 +157,7 @@ class Stage:
     learning_rate: float
     trains: Callable[[str], bool]
     rows: Sequence[int]
+    frozen: Sequence[str] = ()
     lengths: Sequence[int] | None = None
 
 
@@ -239,8 +241,10 @@ class StageCallback(TrainerCallback):
             self.moved += [name for name in after if after[name] != self.before[name]]
 
     def _frozen(self) -> dict[str, torch.nn.Parameter]:
+        """What must not learn now: what the stage names, and whatever does not require a gradient."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        return {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        parts = set(self.current.frozen) if self.current else set()
+        return {n: p for n, p in model.named_parameters() if not p.requires_grad or parts & set(n.split("."))}
 
 
 def digests(parameters: dict[str, torch.nn.Parameter]) -> dict[str, str]:
