@@ -94,9 +94,9 @@ def png(size: tuple[int, int] = (8, 8), mode: str = "RGB") -> bytes:
     return buffer.getvalue()
 
 
-def huge_png() -> bytes:
+def huge_png(width: int = 20_000, height: int = 20_000) -> bytes:
     """A PNG whose header says 20,000 x 20,000; it holds no pixels."""
-    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunk = b"IHDR" + header
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + png()[33:]
 
@@ -128,8 +128,13 @@ def test_a_bad_file_is_named_with_its_reason(tmp_path: Path, content: bytes | No
     assert str(file) in str(caught.value)
 
 
-def test_the_guard_stands_below_what_pillow_decodes(tmp_path: Path) -> None:
-    assert Image.MAX_IMAGE_PIXELS is not None and images.MAX_PIXELS < Image.MAX_IMAGE_PIXELS
+def test_the_guard_stands_below_what_pillow_decodes() -> None:
+    """An image that Pillow would decode without a word is refused by its header, before anything is decoded."""
+    assert Image.MAX_IMAGE_PIXELS is not None and images.MAX_PIXELS < 9_000 * 8_000 < Image.MAX_IMAGE_PIXELS
+    with pytest.raises(BadImage, match="has 9000 x 8000 pixels, more than the 64,000,000 that are decoded"):
+        images.read(huge_png(9_000, 8_000))
+    with pytest.raises(BadImage, match="damaged or cut off"):  # within the limit it is decoded
+        images.read(huge_png(800, 800))
 
 
 # --- datasets of a user ---

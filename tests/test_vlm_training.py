@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -161,6 +162,59 @@ def test_each_stage_trains_its_part(monkeypatch, tmp_path: Path) -> None:
 
     assert changed(2) == {name for name in start if "projector" in name}
     assert changed(4) == {name for name in start if "vision" not in name}
+
+
+def test_what_is_asked_before_and_after_is_never_trained_on(monkeypatch, tmp_path: Path) -> None:
+    """The rows that `run` holds out, of a user's data and of the toy with its harder split."""
+    from vision_lessons import pictures_of_shapes
+
+    from llmcore_hf.vlm import lesson
+
+    found: dict[str, Any] = {}
+
+    def begun(trainer: Any, *args: Any) -> None:
+        found["train"] = trainer.train_dataset
+
+    def held_out(test: Any, hard: Any, *args: Any) -> None:
+        found.update(test=test, hard=hard)
+        raise RuntimeError("the run has come as far as the test wants")
+
+    monkeypatch.setattr(lesson.text_training, "attach", begun)
+    monkeypatch.setattr(lesson.HeldOut, "of", held_out)
+    model = ("--module", "llava", "--model_name_or_path", "tiny-llava", "--use_cpu", "--max_steps", "1")
+
+    def rows_of(dataset_name: str, folder: str, *more: str) -> dict[str, set[bytes]]:
+        found.clear()
+        assert cli.main([*model, "--dataset_name", dataset_name, "--output_dir", str(tmp_path / folder), *more]) == 1
+        splits = {name: rows for name, rows in found.items() if rows is not None}
+        return {name: {image.tobytes() for row in rows for image in row["images"]} for name, rows in splits.items()}
+
+    mine = rows_of(pictures_of_shapes(tmp_path), "a", "--test_split_size", "0.25")
+    assert len(mine["train"]) == 6 and len(mine["test"]) == 2 and not mine["train"] & mine["test"]
+    toy = rows_of("toy-shapes", "b")
+    assert set(toy) == {"train", "test", "hard"}
+    assert not (toy["train"] & toy["test"] or toy["train"] & toy["hard"] or toy["test"] & toy["hard"])
+
+
+@torch.no_grad()
+def test_a_map_of_llava_is_what_the_last_token_attends_to() -> None:
+    """Row by row, without padding; the first token sees nothing of the image."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from llmcore_hf.vlm import llava
+
+    path = tiny.ensure("tiny-llava")
+    model, processor = AutoModelForImageTextToText.from_pretrained(path).eval(), AutoProcessor.from_pretrained(path)
+    rows = [*toy_dataset("toy-shapes")["test"].select(range(3))]
+    names, maps = llava.LESSON.look(model, SimpleNamespace(processor=processor), rows)
+    assert names == ["layer 1", "layer 2"] and maps.shape == (3, 2, 4, 4)
+    model.set_attn_implementation("eager")
+    for row, found in zip(rows, maps, strict=True):
+        inputs = evaluation.encode_prompts(processor, [row])
+        image = (inputs["input_ids"][0] == processor.image_token_id).nonzero()[:, 0]
+        attentions = model(**inputs, output_attentions=True).attentions
+        expected = torch.stack([weights[0, :, -1, image].mean(dim=0).view(4, 4) for weights in attentions])
+        assert torch.allclose(torch.tensor(found), expected, atol=1e-5) and (expected > 0).all()
 
 
 @pytest.mark.slow
