@@ -52,7 +52,6 @@ def models() -> dict[str, tuple[Any, Any, Any]]:
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MODULES)
 def test_operations_are_those_of_the_formula(models, name: str) -> None:
     """Linear layers: 2 per weight and position; attention of the language model: 4 T T D per layer."""
@@ -75,7 +74,6 @@ def test_operations_are_those_of_the_formula(models, name: str) -> None:
         assert flops[CONNECTOR] == 2 * tiny.N_PATCHES * linear[CONNECTOR]
 
 
-@pytest.mark.slow
 def test_tokens_of_an_image_and_what_they_take_in_the_cache(models) -> None:
     batch = questions(1)
     inputs = {name: encode_prompts(models[name][2], batch) for name in MODULES}
@@ -89,7 +87,6 @@ def test_tokens_of_an_image_and_what_they_take_in_the_cache(models) -> None:
     assert costs.cache_bytes(models["llava"][0], lengths["llava"]) == real
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MODULES)
 def test_trained_is_what_has_changed_and_activations_are_kept_for_that_alone(models, name: str) -> None:
     model, start, processor = models[name]
