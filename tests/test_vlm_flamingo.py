@@ -16,7 +16,7 @@ from vision_lessons import Begun, begin
 
 from llmcore_hf.data import shapes
 from llmcore_hf.stats import unpaired_interval
-from llmcore_hf.vlm import flamingo, tiny
+from llmcore_hf.vlm import evaluation, flamingo, tiny
 from llmcore_hf.vlm.data import answer_of
 from llmcore_hf.vlm.evaluation import encode_prompts
 from llmcore_hf.vlm.flamingo_model import (
@@ -221,7 +221,50 @@ def test_few_shot_questions_are_held_out() -> None:
     assert all(set(measured[f"shots/{n}"]) == {1.0} and len(measured[f"shots/{n}"]) == 120 for n in (0, 1, 2, 4))
     held_out = [row for n in (0, 1, 2, 4) for row in shapes.few_shot_rows("test", 120, [n])]
     trained = shapes.few_shot_rows("train", 480, [0, 1, 2, 4])
-    assert image_bytes(asked.rows[:480]) == image_bytes(held_out) and not image_bytes(asked.rows) & image_bytes(trained)
+    gray = bytes([128]) * 3 * shapes.IMAGE_SIZE**2
+    assert image_bytes(asked.rows) == image_bytes(held_out) | {gray}
+    assert not image_bytes(asked.rows) & image_bytes(trained)
+
+
+def test_the_blind_get_the_same_examples_and_another_image_to_tell_about() -> None:
+    rows = shapes.few_shot_rows("test", 30, [2])
+    own = [row["images"][-1].tobytes() for row in rows]
+    for how in ("shuffled", "blank"):
+        asked = evaluation.blind_query(rows, how)
+        assert [row["prompt"] for row in asked] == [row["prompt"] for row in rows]
+        for row, other in zip(rows, asked, strict=True):
+            assert len(other["images"]) == 3
+            assert all(a is b for a, b in zip(row["images"][:-1], other["images"][:-1], strict=True))
+        last = [row["images"][-1].tobytes() for row in asked]
+        if how == "shuffled":
+            assert sorted(last) == sorted(own) and sum(a == b for a, b in zip(own, last, strict=True)) < 4
+        else:
+            assert len(set(last)) == 1 and not set(last) & set(own)
+
+
+def judged(answer: Any) -> dict[str, bool]:
+    """What the checks say of someone who answers so."""
+    after = flamingo.LESSON.measure(None, None, few_shot_splits(), Asked(answer))
+    block = {"after": {name: sum(values) / len(values) for name, values in after.items()}}
+    return {check.id.removeprefix("flamingo."): check.passed for check in flamingo.LESSON.end_checks(block, after)}
+
+
+def test_who_guesses_from_the_examples_is_not_taken_for_seeing() -> None:
+    """Someone who looks passes; someone who gets as many right whatever the image shows does not."""
+    truth = {
+        row["images"][-1].tobytes(): answer_of(row) for n in (1, 2, 4) for row in shapes.few_shot_rows("test", 120, [n])
+    }
+
+    def looks(row: dict[str, Any]) -> str:
+        return truth.get(row["images"][-1].tobytes(), "nothing")
+
+    def guesses(row: dict[str, Any]) -> str:
+        return answer_of(row) if len(row["images"]) > 1 else "nothing"
+
+    seen, guessed = judged(looks), judged(guesses)
+    names = {"examples_help", "sees_with_examples_more_than_shuffled", "sees_with_examples_more_than_blank"}
+    assert set(seen) == names and all(seen.values())
+    assert guessed == {name: name == "examples_help" for name in names}
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,6 @@ class VisionLesson:
         images_per_row: how many images a question has; None for any number.
         default_template: the chat template of a checkpoint that has none.
         panels: what its curves show besides losses and accuracies.
-        loss_title: what its loss is.
         usage: how the model card loads what the run saved.
     """
 
@@ -63,7 +63,6 @@ class VisionLesson:
     images_per_row: int | None = None
     default_template: str | None = None
     panels: tuple[Panel, ...] = ()
-    loss_title: str = "Loss of the next token"
     usage: str = USAGE
 
     def make_trainer(self, config: Config, job: VisionJob, splits: Splits, args: SFTConfig) -> StagedTrainer:
@@ -107,6 +106,14 @@ class VisionLesson:
     def end_checks(self, block: dict[str, Any], after: dict[str, list[float]]) -> list[Check]:
         """What should have been learned, from the `eval` block and the values per row after training."""
         return []
+
+    def own_panels(self, block: dict[str, Any]) -> list[Callable[[Any], None]]:
+        """What its curves show that no log history holds, each drawn on axes of its own, from the `eval` block."""
+        return []
+
+    def shown_history(self, history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The log history as its curves show it: without what must not stand on one axis with the rest."""
+        return history
 
     def run(self, config: Config, run_dir: RunDirectory) -> None:
         """Load, evaluate, train, evaluate again on the same held-out rows, check, and write the evidence."""
@@ -185,7 +192,13 @@ class VisionLesson:
         block = run_dir.summary["eval"]
         run_dir.write(
             "training_curves.png",
-            pictures.curves(f"{self.title}: {where}", run_dir.history, block, self.loss_title, self.panels),
+            pictures.curves(
+                f"{self.title}: {where}",
+                self.shown_history(run_dir.history),
+                block,
+                self.panels,
+                self.own_panels(block),
+            ),
         )
         shown = spread(len(rows), N_GRID)
         title = f"{self.title}: held-out images, after training"

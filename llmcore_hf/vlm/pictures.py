@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from llmcore_hf.curves import HELD_OUT, REJECTED, TRAIN, Line, Panel, draw, png, pyplot
+from llmcore_hf.curves import HELD_OUT, REJECTED, SHARE, TRAIN, Line, Panel, draw, png, pyplot
 from llmcore_hf.vlm.data import answer_of, question_of
 
 RIGHT, WRONG = "#2ca02c", "#d62728"
@@ -72,9 +72,13 @@ def attention(
 
 
 def curves(
-    title: str, history: list[dict[str, Any]], block: dict[str, Any], loss_title: str, panels: Sequence[Panel] = ()
+    title: str,
+    history: list[dict[str, Any]],
+    block: dict[str, Any],
+    panels: Sequence[Panel] = (),
+    own: Sequence[Callable[[Any], None]] = (),
 ) -> bytes:
-    """`training_curves.png`: losses, accuracy beside the blind baseline, and the result before and after."""
+    """`training_curves.png`: losses, accuracy beside the blind baseline, what the module adds, and the result before and after."""
     shown = {
         "vqa_accuracy": "questions",
         "vqa_accuracy/shuffled": "blind: other images",
@@ -82,13 +86,14 @@ def curves(
         "caption_accuracy": "captions",
         "caption_accuracy/shuffled": "captions, blind: other images",
         "hard/vqa_accuracy": "questions, unseen pairs",
+        "frozen_lm/vqa_accuracy": "questions, language model frozen",
     }
     bars = {
         label: (block["before"][name], block["after"][name]) for name, label in shown.items() if name in block["after"]
     }
     standard = [
         Panel(
-            loss_title,
+            "Loss of the next token",
             (Line("loss", "training", TRAIN), Line("eval_loss", "held-out (validation)", HELD_OUT, "o")),
         ),
         Panel(
@@ -97,9 +102,24 @@ def curves(
                 Line("eval_vqa_accuracy", "held-out (validation)", HELD_OUT, "o"),
                 Line("eval_vqa_accuracy_blind", "blind: images of other rows", REJECTED, "o"),
             ),
+            limits=SHARE,
         ),
     ]
-    return draw(title, history, [*standard, *panels], bars)
+    return draw(title, history, [*standard, *panels], bars, own)
+
+
+def draw_shots(axis: Any, shots: Sequence[int], lines: dict[str, list[float]]) -> None:
+    """Accuracy over the number of examples; the first line is what counts, the others it is held against."""
+    colors = (HELD_OUT, REJECTED, REJECTED, "#c7c7c7")
+    styles = ("-", "-", ":", "--")
+    for (label, values), color, style in zip(lines.items(), colors, styles, strict=True):
+        axis.plot(range(len(shots)), values, style, color=color, marker="o", markersize=4, label=label)
+    axis.set_xticks(range(len(shots)), [str(n) for n in shots])
+    axis.set_ylim(*SHARE)
+    axis.set_title("Questions that only examples explain", fontsize=11)
+    axis.set_xlabel("examples before the question")
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=9, frameon=False)
 
 
 def comparison(
