@@ -58,7 +58,8 @@ def draw(
         _draw_bars(flat[count - 1], bars)
     for axis in flat[count:]:  # no empty cell: what is drawn last takes the rest of its row
         axis.remove()
-    flat[count - 1].set_subplotspec(flat[0].get_gridspec()[rows - 1, (count - 1) % columns :])
+    if count:
+        flat[count - 1].set_subplotspec(flat[0].get_gridspec()[rows - 1, (count - 1) % columns :])
     return png(figure)
 
 

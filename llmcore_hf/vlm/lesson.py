@@ -203,15 +203,16 @@ class VisionLesson:
         shown = spread(len(rows), N_GRID)
         title = f"{self.title}: held-out images, after training"
         run_dir.write("held_out.png", pictures.grid(title, [rows[i] for i in shown], [answers[i] for i in shown]))
-        asked = [row for row in rows if not is_caption(row)] or rows
-        chosen = [asked[i] for i in spread(len(asked), N_MAPS)]
+        asked = [i for i, row in enumerate(rows) if not is_caption(row)] or list(range(len(rows)))
+        numbers = [asked[i] for i in spread(len(asked), N_MAPS)]
+        chosen = [rows[i] for i in numbers]
         model = trainer.accelerator.unwrap_model(trainer.model)
         with text_evaluation.evaluating(model):
             names, maps = self.look(model, job, chosen)
-        captions = [f"{question_of(row)} {answer_of(row)}" for row in chosen]
-        run_dir.write(
-            "attention.png", pictures.attention(f"{self.title}: where it looks", chosen, maps, names, captions)
-        )
+        seen = [pictures.seen_by(job.processor.image_processor, row["images"][-1]) for row in chosen]
+        said = [answers[i] for i in numbers]
+        title = f"{self.title}: where it looks"
+        run_dir.write("attention.png", pictures.attention(title, chosen, seen, maps, names, said))
 
 
 def mean_of(values: list[float]) -> tuple[float, int]:
