@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,15 @@ class Begun:
     @property
     def model(self) -> Any:
         return self.trainer.model
+
+    def lesson_job(self, model: str) -> training.VisionJob:
+        """Another checkpoint, as the lesson finds it."""
+        model_args = dataclasses.replace(self.config.part(ModelArguments), model_name_or_path=model)
+        kinds, template = self.lesson.kinds, self.lesson.default_template
+        return training.prepare(self.config, model_args, self.config.parts[-1], kinds, template)
+
+    def load(self, job: training.VisionJob) -> Any:
+        return training.load_whole(job).eval()
 
 
 def pictures_of_shapes(folder: Path, n: int = 8) -> str:

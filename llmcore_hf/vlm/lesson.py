@@ -250,7 +250,6 @@ def answer_question(config: Config, job: VisionJob, args: Any, run_dir: RunDirec
         UserError: an image cannot be read, or the model cannot be loaded.
     """
     from accelerate import Accelerator
-    from transformers import AutoModelForImageTextToText
 
     options = config.part(VisionArguments)
     pictures_given = []
@@ -261,7 +260,7 @@ def answer_question(config: Config, job: VisionJob, args: Any, run_dir: RunDirec
             raise UserError(f"--image: {error}") from None
     accelerator = Accelerator(cpu=args.use_cpu)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(job.path, **(args.model_init_kwargs or {}))
+        model = training.load_whole(job, **(args.model_init_kwargs or {}))
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"the model {job.name} cannot be loaded: {' '.join(str(error).split())}") from error
     row = {"images": pictures_given, "prompt": [{"role": "user", "content": options.question}]}

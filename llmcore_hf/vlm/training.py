@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,9 @@ from llmcore_hf.vlm.data import is_caption
 if TYPE_CHECKING:
     import numpy as np
     from datasets import Dataset
+
+
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
 @dataclass
@@ -58,9 +62,10 @@ class VisionArguments:
 
 @dataclass
 class VisionJob(training.Job):
-    """A checkpoint with its processor."""
+    """A checkpoint with its processor; `adapter` is the folder of a LoRA adapter on it, which changes what `path` holds."""
 
     processor: Any = None
+    adapter: str | None = None
 
 
 def house_defaults(explicit: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +82,9 @@ def check_options(config: Config) -> list[str]:
     """Impossible combinations of options that all vision modules have; one sentence each."""
     values = config.values
     asks = values["image"] is not None or values["question"] is not None
-    problems = training.check_options(config, tiny.TINY_VLMS, needs_dataset=not asks)
+    problems = training.check_options(
+        config, tiny.TINY_VLMS, needs_dataset=not asks, merge=None if asks else merge_into_vision_model
+    )
     if asks and not (values["image"] and values["question"]):
         problems.append("--image and --question belong together: give both")
     if values["stage1_steps"] < 0 or 0 < values["max_steps"] <= values["stage1_steps"]:
@@ -91,6 +98,16 @@ def check_options(config: Config) -> list[str]:
         if values[name]:
             problems.append(f"--{name} is not available with images: leave it off")
     return problems + _check_schedule(values)
+
+
+def merge_into_vision_model(adapter: str) -> str:
+    """Python that merges a LoRA adapter into its base, for a message. PEFT's own Auto classes know no class for images."""
+    return (
+        "from peft import PeftModel; from transformers import AutoModelForImageTextToText, AutoProcessor; "
+        f"base = AutoModelForImageTextToText.from_pretrained({loading.base_of(adapter)!r}); "
+        f"PeftModel.from_pretrained(base, {adapter!r}).merge_and_unload().save_pretrained('merged'); "
+        f"AutoProcessor.from_pretrained({adapter!r}).save_pretrained('merged')"
+    )
 
 
 def _check_schedule(values: dict[str, Any]) -> list[str]:
@@ -119,20 +136,36 @@ def prepare(
     set_seed(args.seed)
     name = str(model_args.model_name_or_path)
     path = str(tiny.ensure(name)) if name in tiny.TINY_VLMS else loading.resolve_name(name)
+    adapter = path if loading.is_adapter(path) else None
+    path = loading.base_of(adapter) if adapter else path
     options = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
     loading.load_tokenizer(path, **options)  # fails first, with a clear message
     kind = AutoConfig.from_pretrained(path, **options).model_type
     if kind not in kinds:
         raise UserError(f"{name} is a model of type `{kind}`; module `{config.module}` takes {' or '.join(kinds)}")
     try:
-        processor = AutoProcessor.from_pretrained(path, **options)
+        has_processor = adapter and any(Path(adapter, name).is_file() for name in PROCESSOR_FILES)
+        processor = AutoProcessor.from_pretrained(adapter if has_processor else path, **options)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{name} has no processor that can be loaded: {' '.join(str(error).split())}") from error
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template or default_template
     if not processor.chat_template:
         raise UserError(f"{name} has no chat template: take a checkpoint that was trained on conversations")
     args.model_init_kwargs = loading.init_kwargs(model_args, args.model_init_kwargs)
-    return VisionJob(name, path, processor.tokenizer, loading.context_length(path, **options), processor)
+    return VisionJob(name, path, processor.tokenizer, loading.context_length(path, **options), processor, adapter)
+
+
+def load_whole(job: VisionJob, **options: Any) -> Any:
+    """The model to ask: the checkpoint, with its adapter merged into it."""
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(job.path, **options)
+    if job.adapter is None:
+        return model
+    from peft import PeftModel
+
+    merged: Any = PeftModel.from_pretrained(model, job.adapter)
+    return merged.merge_and_unload()
 
 
 # --- stages ---------------------------------------------------------------------------------------------------------
