@@ -301,7 +301,7 @@ def _refuse_vision_model(module: str, name: str, revision: str) -> None:
 
 def refuse_images(module: str, splits: Splits) -> None:
     """Raises `UserError` for data that hold images, before a model is loaded."""
-    if found := [name for name in IMAGE_COLUMNS if name in splits.validation.column_names]:
+    if found := [name for name in IMAGE_COLUMNS if name in splits.train.column_names]:
         raise UserError(
             f"{splits.source} holds images (column `{found[0]}`), and module `{module}` trains on text: {IMAGES_ELSEWHERE}; "
             "or take the column out"
