@@ -56,11 +56,11 @@ GPU_ONLY = (
     "Use cpu_2 or zero2 here; `--module megatron` and `--module deepspeed` show both on a CPU"
 )
 
-STAGE_3 = ("sft", "dpo")  # modules seen to give under ZeRO-3 what they give in one process
+STAGE_3 = ("sft", "dpo", "reward", "ppo", "grpo")  # modules seen to give under ZeRO-3 what they give in one process
 NO_STAGE_3 = (
     "ZeRO-3 is not supported with `{module}`: it holds weights in shards before training as well, where only "
-    + " and ".join(STAGE_3)
-    + " know how to evaluate. Use the accelerate configuration zero2 or zero1"
+    + ", ".join(STAGE_3)
+    + " were seen to work. Use the accelerate configuration zero2 or zero1"
 )
 NOT_SAVED = (
     "this accelerate configuration would save no model: ZeRO-3 gathers the weights for it only with "

@@ -37,6 +37,7 @@ def run_stage(stage: str, config: Config, folder: Path, run_dir: RunDirectory) -
     if checkpoint:
         stage_run.resume_from(checkpoint)
     if carry_out(stage_run) == 0:
+        distributed.broadcast(None)  # what comes next reads what the main process has written by now
         return
     if stage_run.stop.requested:
         run_dir.stop.signal = stage_run.stop.signal

@@ -180,6 +180,21 @@ def test_a_stage_that_has_ended_is_not_run_again(tmp_path: Path, monkeypatch: py
     assert (tmp_path / "sft" / "summary.json").is_file()
 
 
+def test_all_processes_wait_until_the_main_one_has_written_what_a_stage_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = stages(tmp_path, monkeypatch, "ok")
+    met: list[list[str]] = []
+
+    def broadcast(value: Any) -> Any:
+        met.append(sorted(file.name for file in tmp_path.glob("sft/*")))
+        return value
+
+    monkeypatch.setattr("llmcore_hf.stages.distributed.broadcast", broadcast)
+    go(tmp_path / "sft", run)
+    assert met[-1] == ["summary.json"] and met[0] == []
+
+
 @pytest.mark.parametrize("status", ["failed", "diverged", "interrupted"])
 def test_a_stage_that_ended_otherwise_begins_anew_in_an_empty_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: str
