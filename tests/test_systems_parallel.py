@@ -7,11 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from llmcore_hf.errors import ConfigError
 from llmcore_hf.systems import megatron, parallel, workers
-from llmcore_hf.systems.formulas import Part, differences, expected_bytes, expected_collectives, expected_parameters
+from llmcore_hf.systems.formulas import (
+    Part,
+    differences,
+    expected_bytes,
+    expected_collectives,
+    expected_parameters,
+    gradient_buckets,
+    gradient_order,
+)
 from llmcore_hf.systems.megatron import LAYOUTS, PLAIN_PLAN, Args, Outcome
 from llmcore_hf.systems.parallel import Layout, ModelShape, Training, make_model, name_in_model
 from llmcore_hf.systems.text import packed_batches
@@ -61,6 +70,39 @@ def test_messages_of_a_pipeline_are_counted_once_per_border_and_direction() -> N
         ranks = [expected_collectives(layout, shape, TRAINING, rank)["between stages"] for rank in range(2)]
         assert sum(rank["send"]["calls"] for rank in ranks) == 2 * borders * TRAINING.n_microbatches
         assert sum(rank["send"]["bytes"] for rank in ranks) == sum(rank["recv"]["bytes"] for rank in ranks)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_order_of_the_gradients_is_that_of_the_backward_pass(architecture: str) -> None:
+    shape = ModelShape(architecture, hidden_size=32, intermediate_size=80, num_hidden_layers=2, vocab_size=90)
+    model, came_in = make_model(shape, TRAINING), []
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: came_in.append(p.numel()))
+    ids = torch.randint(90, (2, 8))
+    parallel.loss_of(model(input_ids=ids).logits, ids).backward()
+    assert gradient_order(shape) == came_in
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("hidden", "layers", "dtype"), [(64, 4, "float32"), (64, 4, "float64"), (128, 8, "float32")])
+def test_buckets_are_those_of_ddp(architecture: str, hidden: int, layers: int, dtype: str) -> None:
+    """Against the function with which DDP itself makes them; the toy, README's float64, and the full recipe."""
+    shape = ModelShape(architecture, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers)
+    gradients = [torch.empty(n, dtype=getattr(torch, dtype)) for n in gradient_order(shape)]
+    limits = [dist._DEFAULT_FIRST_BUCKET_BYTES, 25 * 2**20]
+    theirs, _ = dist._compute_bucket_assignment_by_size(gradients, limits)
+    ours = gradient_buckets([g.nbytes for g in gradients])
+    assert ours == [sum(gradients[i].nbytes for i in bucket) for bucket in theirs]
+    training = dataclasses.replace(TRAINING, dtype=dtype)
+    sent = expected_collectives(BY_NAME["dp"], shape, training, 0)["backward"]["all_reduce"]
+    assert sent == {"calls": len(theirs), "bytes": sum(ours)}
+    assert len(theirs) == (1 if (hidden, dtype) == (64, "float32") else 2)
+
+
+def test_a_bucket_is_full_when_it_holds_its_limit() -> None:
+    mib = 2**20
+    assert gradient_buckets([mib - 4, 4]) == [mib] and gradient_buckets([mib, 4]) == [mib, 4]
+    assert gradient_buckets([mib, 24 * mib, mib, 3]) == [mib, 25 * mib, 3]
 
 
 def test_differences_name_the_place() -> None:

@@ -82,8 +82,9 @@ def expected_collectives(layout: Layout, shape: ModelShape, training: Training, 
     3), one more forward for the embedding and one backward for the head, both split by vocabulary. Sequence parallel
     replaces each by an all-gather and a reduce-scatter (Korthikanti et al. 2022, section 4.2.2). The loss on split logits
     takes three all-reduces of one number per token: the largest logit, the sum of exponentials, the label's logit.
-    Norm weights that see only a part of the heads, or of the sequence, sum their gradients. Data parallel: one all-reduce of
-    all gradients. Pipelines: an activation forward and its gradient backward over each border between stages.
+    Norm weights that see only a part of the heads, or of the sequence, sum their gradients. Data parallel alone (DDP): one
+    all-reduce per bucket of gradients, see `gradient_buckets`; with tp or pp one buffer of all gradients. Pipelines: an
+    activation forward and its gradient backward over each border between stages.
     """
     part = Part.of(layout, shape, pp_rank)
     sent: dict[str, dict[str, dict[str, int]]] = defaultdict(dict)
@@ -115,8 +116,11 @@ def expected_collectives(layout: Layout, shape: ModelShape, training: Training, 
         norms = _norms_to_reduce(layout, shape, part)
         add("gradients", "all_reduce", len(norms), sum(norms) * size)
     if layout.dp > 1:
-        phase = "gradients" if layout.tp > 1 or layout.pp > 1 else "backward"  # DDP sends while gradients come in
-        add(phase, "all_reduce", 1, expected_bytes(layout, shape, training, pp_rank)["gradients"])
+        whole = expected_bytes(layout, shape, training, pp_rank)["gradients"]
+        if layout.dp == layout.world_size:  # DDP, which sends while gradients come in
+            add("backward", "all_reduce", len(gradient_buckets([n * size for n in gradient_order(shape)])), whole)
+        else:
+            add("gradients", "all_reduce", 1, whole)
     if layout.pp > 1:
         borders = sum((stage > 0) + (stage < part.n_stages - 1) for stage in part.stages)
         message = hidden // (layout.tp if layout.sequence_parallel else 1)
@@ -134,6 +138,42 @@ def _norms_to_reduce(layout: Layout, shape: ModelShape, part: Part) -> list[int]
     if layout.sequence_parallel:
         found += [shape.hidden_size] * (2 * part.n_layers + int(part.predicts))
     return found
+
+
+# DDP's default: a small bucket first, so that sending begins early (`dist._DEFAULT_FIRST_BUCKET_BYTES`, `bucket_cap_mb`).
+FIRST_BUCKET_BYTES, BUCKET_BYTES = 2**20, 25 * 2**20
+
+
+def gradient_buckets(n_bytes: list[int]) -> list[int]:
+    """Bytes of the buckets into which DDP gathers gradients, one all-reduce each, in the order in which they come in.
+
+    A bucket is sent when it holds at least its limit; a gradient is never split (Li et al. 2020, arXiv:2006.15704, section
+    4.2; the limits are PyTorch's).
+    """
+    buckets: list[int] = []
+    open_bucket = 0
+    for n in n_bytes:
+        open_bucket += n
+        if open_bucket >= (BUCKET_BYTES if buckets else FIRST_BUCKET_BYTES):
+            buckets.append(open_bucket)
+            open_bucket = 0
+    return [*buckets, open_bucket] if open_bucket else buckets
+
+
+def gradient_order(shape: ModelShape) -> list[int]:
+    """Elements of every parameter, in the order in which the backward pass ends with its gradient: from the head down.
+
+    After its first step DDP orders its buckets in this way.
+    """
+    hidden, inner, head = shape.hidden_size, shape.intermediate_size, shape.hidden_size // shape.num_attention_heads
+    bias = [hidden] if shape.architecture == "qwen2" else []
+    norm = [head] if shape.architecture == "qwen3" else []
+    q = k = [*norm, *bias, hidden**2]
+    v = [*bias, hidden**2]
+    mlp, attention = 3 * [hidden * inner], [hidden**2, *v, *k, *q]
+    layer = [*mlp, hidden, *attention, hidden]
+    ends = shape.vocab_size * hidden
+    return [ends, hidden, *(shape.num_hidden_layers * layer), ends]
 
 
 def differences(found: Any, expected: Any, path: str = "") -> list[str]:
