@@ -183,7 +183,7 @@ class Outcome:
     def apart(self, alone: dict[str, Any]) -> dict[str, float]:
         """The largest differences from the training in one process."""
         return {
-            "loss": max(abs(a - b) for a, b in zip(self.losses, alone["losses"], strict=True)),
+            "loss": parallel.furthest_apart(self.losses, alone["losses"]),
             "gradients": parallel.largest_difference(self.gradients, alone["gradients"]),
             "weights": parallel.largest_difference(self.weights, alone["weights"]),
         }
