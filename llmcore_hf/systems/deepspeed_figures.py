@@ -25,10 +25,12 @@ KINDS = {
 TIMES_SENT = {"all_reduce": 2}  # the others send their buffer once
 
 
-def draw(alone: dict[str, Any], outcomes: list[Outcome], n_parameters: int) -> Figure:
+def draw(alone: dict[str, Any], outcomes: list[Outcome]) -> Figure:
+    shapes = [tuple(weight.shape) for weight in alone["weights"].values()]
+    n_parameters = sum(weight.numel() for weight in alone["weights"].values())
     figure, axes = lesson.pyplot().subplots(2, 2, figsize=(14, 10.4), layout="constrained")
     _draw_losses(axes[0, 0], alone, outcomes)
-    _draw_memory(axes[0, 1], outcomes, n_parameters)
+    _draw_memory(axes[0, 1], outcomes, shapes, n_parameters)
     _draw_gradients(axes[1, 0], outcomes, n_parameters)
     _draw_traffic(axes[1, 1], outcomes, n_parameters)
     n_ranks = len(outcomes[0].ranks)
@@ -52,7 +54,7 @@ def _draw_losses(axis: Axes, alone: dict[str, Any], outcomes: list[Outcome]) -> 
     axis.legend(fontsize=8.5, frameon=False, ncol=2)
 
 
-def _draw_memory(axis: Axes, outcomes: list[Outcome], n_parameters: int) -> None:
+def _draw_memory(axis: Axes, outcomes: list[Outcome], shapes: formulas.Shapes, n_parameters: int) -> None:
     """Bytes per parameter on a rank; black ticks are the sums of the formula."""
     for row, outcome in enumerate(outcomes):
         held, left = outcome.held(outcome.ranks[0]), 0.0
@@ -60,7 +62,7 @@ def _draw_memory(axis: Axes, outcomes: list[Outcome], n_parameters: int) -> None
             width = held[kind] / n_parameters
             axis.barh(row, width, left=left, color=color, label=kind if row == 0 else None)
             left += width
-        expected = sum(formulas.zero_bytes(outcome.engine, n_parameters, len(outcome.ranks)).values()) / n_parameters
+        expected = sum(formulas.rank_bytes(outcome.engine, shapes, len(outcome.ranks), 0).values()) / n_parameters
         label = "formula" if row == 0 else None
         axis.plot([expected] * 2, [row - 0.45, row + 0.45], color="black", linewidth=2, label=label)
         axis.text(max(left, expected) + 0.2, row, f"{left:.2f}", va="center", fontsize=9)
