@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from llmcore_hf.errors import ConfigError
+from llmcore_hf.run_dir import Diverged
 from llmcore_hf.systems import megatron, parallel, workers
 from llmcore_hf.systems.formulas import (
     Part,
@@ -262,6 +264,70 @@ def test_the_equality_checks_fail_for_one_wrong_element() -> None:
     }
     skipped = megatron.equality_checks([right], None, alone, 1e-5)[-1]
     assert skipped.passed is None
+
+
+@pytest.mark.parametrize("wrong", [2e-5, float("nan"), float("inf")])
+@pytest.mark.parametrize("quantity", ["loss", "gradients", "weights"])
+def test_what_is_a_little_apart_or_no_number_is_not_equal(quantity: str, wrong: float) -> None:
+    """With the tolerance that is the default, and the wrong value in the last place, where Python's `max` drops a nan."""
+    tensors = {"w": torch.ones(2), "v": torch.zeros(3)}
+    alone = {"losses": [3.0, 2.0], "gradients": tensors, "weights": tensors}
+    found = fake_outcome(BY_NAME["tp"], ModelShape(), tensors)
+    if quantity == "loss":
+        found.losses[-1] += wrong
+    else:
+        setattr(found, quantity, {**tensors, "v": torch.tensor([0, 0, wrong])})
+    checks = megatron.equality_checks([found], None, alone, Args().tolerance)
+    failed = [check.id for check in checks if check.passed is False]
+    assert failed == [f"megatron.{quantity}_equal_one_process"]
+
+
+def test_a_difference_is_that_of_the_worst_element() -> None:
+    zero, one = torch.zeros(1000), torch.zeros(1000)
+    one[500] = 1
+    assert parallel.largest_difference({"a": zero, "b": one, "c": zero}, {"a": zero, "b": zero, "c": zero}) == 1
+    assert parallel.furthest_apart([1.0, 2.0, 3.0], [1.0, 2.5, 3.25]) == 0.5
+
+
+def test_the_loss_of_a_layout_is_the_mean_over_its_replicas() -> None:
+    def rank(*losses: float | None) -> dict[str, Any]:
+        return {"losses": list(losses), "gradients": {}, "weights": {}}
+
+    found = Outcome.of(BY_NAME["3d"], [rank(None, None), rank(3.0, 2.0), rank(None, None), rank(4.0, 1.0)])
+    assert found.losses == [3.5, 1.5]
+
+
+def test_gradients_of_replicas_are_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two replicas, the other one with the same gradients: the mean is what each of them has, the sum is twice that."""
+    monkeypatch.setattr(dist, "all_reduce", lambda buffer, group: buffer.mul_(2))
+    parameters = {name: nn.Parameter(torch.zeros(n)) for name, n in (("a", 2), ("b", 3))}
+    for parameter in parameters.values():
+        parameter.grad = torch.arange(1.0, 1 + len(parameter))
+    mesh = {"dp": SimpleNamespace(get_group=lambda: None)}
+    worker: Any = SimpleNamespace(
+        enter=lambda phase: None, parameters=parameters, layout=BY_NAME["3d"], ddp=None, mesh=mesh
+    )
+    parallel.Worker.finish_gradients(worker)
+    assert [p.grad.tolist() for p in parameters.values()] == [[1.0, 2.0], [1.0, 2.0, 3.0]]
+
+
+@pytest.mark.parametrize("greedy", ["1f1b", "tp+sp"])
+def test_activations_that_do_not_shrink_fail_their_check(greedy: str) -> None:
+    kept = {"gpipe": 100, "1f1b": 60, "tp": 100, "tp+sp": 60}
+    found = {name: fake_outcome(BY_NAME[name], ModelShape(), {}) for name in kept}
+    for name, n_bytes in kept.items():
+        found[name].ranks[0]["activation_bytes"] = n_bytes
+    assert megatron.activation_check(found).passed
+    found[greedy].ranks[0]["activation_bytes"] = 100
+    assert not megatron.activation_check(found).passed
+
+
+def test_a_training_that_diverges_ends_with_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = packed_batches(3, 4, 8, 0)
+    training = dataclasses.replace(TRAINING, batch_size=4, seq_length=8, learning_rate=10.0)
+    monkeypatch.setattr(parallel, "loss_of", lambda logits, labels: logits.sum() * float("nan"))
+    with pytest.raises(Diverged, match=r"the loss is nan in step 1: lower --learning_rate \(10\)"):
+        parallel.train_alone(ModelShape(num_hidden_layers=1), training, batches)
 
 
 def test_tensors_of_one_side_alone_are_no_equality() -> None:
