@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import tempfile
 import threading
@@ -43,7 +44,8 @@ def launch(work: Callable[..., Any], world_size: int, *args: Any, timeout: float
         what each worker returned, by rank.
 
     Raises:
-        WorkerFailed: a worker died, did not get into the group, or they took longer than `timeout`.
+        WorkerFailed: a worker died, or they took longer than `timeout`.
+        UserError: a worker did not get into the group; it would not the next time, either.
         torch.multiprocessing.ProcessRaisedException: `work` raised; the message holds the worker's traceback.
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
@@ -73,7 +75,7 @@ def _join(context: torch.multiprocessing.ProcessContext, deadline: float, timeou
         ) from None
     except torch.multiprocessing.ProcessRaisedException as error:
         if (reason := folder / f"{error.error_index}.txt").exists():
-            raise WorkerFailed(f"worker {error.error_index} of {n} {reason.read_text(encoding='utf-8')}") from None
+            raise UserError(f"worker {error.error_index} of {n} {reason.read_text(encoding='utf-8')}") from None
         # When one is killed, another may tell of the lost connection first.
         killed = [i for i, process in enumerate(context.processes) if process.exitcode == -signal.SIGKILL]
         if not killed:
@@ -125,7 +127,7 @@ def _worker(
 
 def _no_group(error: Exception) -> str:
     """Why a worker did not get into the group: the first line of gloo's complaint, without the place in its source code."""
-    complaint = str(error).splitlines()[0].rpartition("] ")[2]
+    complaint = re.sub(r"^\[enforce fail at .*?\] .*?\. ", "", str(error).splitlines()[0])
     name = os.environ["GLOO_SOCKET_IFNAME"]
     return (
         f"did not get into the process group: {complaint}. Workers talk over the network interface {name} "
