@@ -268,6 +268,7 @@ def test_without_deepspeed_the_command_fails_with_one_message(llmcore: Run, tmp_
         ({"hidden_size": 100}, "multiple of 8"),
         ({"max_steps": 2}, "at least 3"),
         ({"learning_rate": -1.0}, "positive"),
+        ({"learning_rate": 1e38}, "at most 3.4e.37"),
         ({"num_attention_heads": 0}, "--num_attention_heads 0"),
     ],
 )

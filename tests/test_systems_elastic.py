@@ -169,6 +169,7 @@ def test_a_weight_that_is_no_number_is_no_equality() -> None:
         ({"save_steps": 20}, "from 1 to --max_steps"),
         ({"batch_size": 6}, "multiple of 4"),
         ({"learning_rate": 0.0}, "positive"),
+        ({"learning_rate": 1e38}, "at most 3.4e.37"),
     ],
 )
 def test_impossible_options_are_refused(options: dict[str, Any], problem: str) -> None:

@@ -330,6 +330,20 @@ def test_a_training_that_diverges_ends_with_one_message(monkeypatch: pytest.Monk
         parallel.train_alone(ModelShape(num_hidden_layers=1), training, batches)
 
 
+def test_the_largest_learning_rate_is_that_of_the_optimizer() -> None:
+    for factor in (0.99, 1.01):
+        weight = nn.Parameter(torch.ones(2))
+        weight.grad = torch.ones(2)
+        rate = factor * parallel.LARGEST_LEARNING_RATE
+        optimizer = parallel.make_optimizer([weight], dataclasses.replace(TRAINING, learning_rate=rate))
+        assert bool(parallel.learning_rate_problems(rate)) == (factor > 1)
+        if factor > 1:
+            with pytest.raises(RuntimeError, match="overflow"):
+                optimizer.step()
+        else:
+            optimizer.step()
+
+
 def test_tensors_of_one_side_alone_are_no_equality() -> None:
     with pytest.raises(KeyError, match="one side alone"):
         parallel.largest_difference({"a": torch.ones(1)}, {"a": torch.ones(1), "b": torch.ones(1)})
@@ -346,6 +360,7 @@ def test_tensors_of_one_side_alone_are_no_equality() -> None:
         ({"num_microbatches": 0}, "--num_microbatches 0"),
         ({"num_attention_heads": 0}, "--num_attention_heads 0"),
         ({"tolerance": 0.0}, "positive"),
+        ({"learning_rate": 1e38}, "at most 3.4e.37"),
         ({"stage_seconds": float("nan")}, "positive"),
     ],
 )

@@ -160,8 +160,8 @@ def test_lost_updates_are_a_share_of_the_weights_with_a_gradient() -> None:
 
 
 def test_weights_that_run_away_end_the_run_with_one_message() -> None:
-    training = dataclasses.replace(TRAINING, learning_rate=1e38)
-    with pytest.raises(Diverged, match=r"gradients are 0 in step 2.*lower --learning_rate \(1e\+38\)"):
+    training = dataclasses.replace(TRAINING, learning_rate=1e37)
+    with pytest.raises(Diverged, match=r"gradients are 0 in step 2.*lower --learning_rate \(1e\+37\)"):
         mixed_precision.find_out(SHAPE, training, CALM)
 
 
@@ -275,6 +275,7 @@ def test_on_a_cpu_speed_is_told_and_not_judged(found: Findings) -> None:
         ({"hidden_size": 12}, "multiple of 8"),
         ({"max_steps": 3}, "at least 4"),
         ({"init_scale": 0.0}, "positive number"),
+        ({"learning_rate": 1e38}, "at most 3.4e.37"),
         ({"growth_interval": 0}, "growth_interval 0: at least 1"),
     ],
 )

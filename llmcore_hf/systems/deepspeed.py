@@ -110,6 +110,7 @@ class Args(lesson.LessonArguments):
                 hidden_size=(head, "an even size of each attention head"),
             ),
             *self.not_positive("learning_rate", "adam_epsilon", "tolerance"),
+            *parallel.learning_rate_problems(self.learning_rate),
         ]
 
     @property

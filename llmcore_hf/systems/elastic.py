@@ -35,7 +35,7 @@ from llmcore_hf.config import Config
 from llmcore_hf.durability import last_complete, mark_complete
 from llmcore_hf.systems import workers
 from llmcore_hf.systems.data_parallel import Engine, Replica, forward, make_replica, mean_over_ranks
-from llmcore_hf.systems.parallel import ModelShape, Training, largest_difference, require_finite
+from llmcore_hf.systems.parallel import ModelShape, Training, largest_difference, learning_rate_problems, require_finite
 from llmcore_hf.systems.text import VOCAB_SIZE, packed_batches
 from llmcore_hf.systems.workers import WorkerFailed
 
@@ -67,6 +67,7 @@ class Args(lesson.LessonArguments):
                 batch_size=(4, "a share for each of 1, 2 or 4 processes"),
             ),
             *self.not_positive("learning_rate"),
+            *learning_rate_problems(self.learning_rate),
         ]
         if not 1 <= self.save_steps < self.max_steps:
             found.append(

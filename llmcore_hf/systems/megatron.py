@@ -115,6 +115,7 @@ class Args(lesson.LessonArguments):
                 bubble_hidden_size=(head, "an even size of each attention head"),
             ),
             *self.not_positive("learning_rate", "adam_epsilon", "tolerance", "stage_seconds"),
+            *parallel.learning_rate_problems(self.learning_rate),
         ]
 
     @property

@@ -29,7 +29,7 @@ from llmcore_hf import lesson
 from llmcore_hf.checks import Check
 from llmcore_hf.config import Config
 from llmcore_hf.systems import precision
-from llmcore_hf.systems.parallel import ModelShape, Training, require_finite
+from llmcore_hf.systems.parallel import ModelShape, Training, learning_rate_problems, require_finite
 from llmcore_hf.systems.precision import REFERENCE, REGIMES, Regime, Scaling, Trajectory
 from llmcore_hf.systems.text import VOCAB_SIZE, packed_batches
 
@@ -64,6 +64,7 @@ class Args(lesson.LessonArguments):
             *self.below(max_steps=4, num_hidden_layers=1, max_length=1, batch_size=1, growth_interval=1),
             *self.no_multiples(hidden_size=(8, "four attention heads of an even size")),
             *self.not_positive("learning_rate", "adam_epsilon", "init_scale"),
+            *learning_rate_problems(self.learning_rate),
         ]
 
 

@@ -305,6 +305,20 @@ class Worker:
         return loss
 
 
+BETA_1 = 0.9  # AdamW's default
+LARGEST_LEARNING_RATE = (1 - BETA_1) * torch.finfo(torch.float32).max
+
+
+def learning_rate_problems(learning_rate: float) -> list[str]:
+    """What is wrong with it for `make_optimizer`: at most one sentence."""
+    if learning_rate <= LARGEST_LEARNING_RATE:
+        return []
+    return [
+        f"--learning_rate {learning_rate:g}: at most {LARGEST_LEARNING_RATE:.1e} (AdamW's first step divides it by "
+        f"{1 - BETA_1:.1f}, and the result must be a float32 number)"
+    ]
+
+
 def make_optimizer(parameters: Any, training: Training) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, lr=training.learning_rate, eps=training.adam_epsilon, weight_decay=0.0)
 
