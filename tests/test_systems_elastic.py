@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from test_systems_workers import workers_below
 
 from llmcore_hf.errors import ConfigError
 from llmcore_hf.run_dir import Diverged
-from llmcore_hf.systems import data_parallel, elastic, workers
+from llmcore_hf.systems import data_parallel, elastic, parallel, workers
 from llmcore_hf.systems.elastic import Args, Attempt, Job
 from llmcore_hf.systems.parallel import ModelShape, Training
 from llmcore_hf.systems.text import packed_batches
@@ -187,3 +191,26 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-4" / "complete.json").unlink()  # a kill in the middle of writing
     [again, *_] = workers.launch(elastic.train, 2, dataclasses.replace(job), batches, None)
     assert again["begin"] == 2 and again["losses"] == calm["losses"]
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_from_outside_costs_the_steps_since_the_last_checkpoint(tmp_path: Path) -> None:
+    """Nobody told the job: a thread kills one of its processes when the first checkpoint is there."""
+    training = Training(60, 4, 8, 1, 4e-3, 1e-5, 0)
+    job = Job(ModelShape(num_hidden_layers=1), training, str(tmp_path / "killed"), 20)
+    batches = packed_batches(60, 4, 8, 0)
+
+    def kill() -> None:
+        while not (tmp_path / "killed" / "checkpoint-20" / "complete.json").exists():
+            time.sleep(0.002)
+        workers_below(os.getpid())[-1].kill()
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    found = elastic.supervise(job, batches, 2)
+    killer.join(timeout=30)
+    calm = elastic.supervise(dataclasses.replace(job, folder=str(tmp_path / "calm")), batches, 2)
+    assert (calm.restarts, calm.resumed_at) == (0, [0])
+    assert found.restarts == 1 and found.resumed_at[0] in (20, 40)
+    assert found.result["losses"] == calm.result["losses"]
+    assert parallel.largest_difference(found.result["weights"], calm.result["weights"]) == 0
