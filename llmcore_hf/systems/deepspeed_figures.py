@@ -48,7 +48,7 @@ def _draw_losses(axis: Axes, alone: dict[str, Any], outcomes: list[Outcome]) -> 
     for alike, line, color, names in (
         (wide, "--", "#1f77b4", f"each of {len(wide)} engines in float32"),
         (narrow, ":", "#d62728", "zero 1, 2, 3 in bfloat16"),
-        (former, "-.", "#8c564b", "zero 0 in bfloat16 (an older optimizer, see the README)"),
+        (former, "-.", "#8c564b", "zero 0 in bfloat16 (see the README)"),
     ):
         if alike:
             apart = max(outcome.apart(alone)["losses"] for outcome in alike)
