@@ -124,3 +124,18 @@ def test_what_is_saved_stays_as_it_was(rows: Dataset) -> None:
     cache, processor = cache_of(rows, tower)
     assert set(tower.state_dict()) == before
     assert cache.processor.image_processor is not processor and cache.processor.image_processor.n_images == 5
+
+
+def test_images_that_differ_in_their_last_pixel_are_not_taken_for_each_other(pictures: list[Any]) -> None:
+    """Most pictures begin alike: with a white corner, or a black edge."""
+    other = pictures[0].copy()
+    last = other.size[0] - 1, other.size[1] - 1
+    other.putpixel(last, tuple(255 - value for value in other.getpixel(last)))
+    features = Features({"images": List(Image())})
+    tower = Tower()
+    cache, _ = cache_of(Dataset.from_list([{"images": [pictures[0]]}, {"images": [other]}], features), tower)
+    pixels = cache.processor.image_processor([pictures[0], other], return_tensors="pt")["pixel_values"]
+    assert torch.equal(pixels, ImageProcessor()([pictures[0], other])["pixel_values"])
+    output = tower(pixels).last_hidden_state
+    assert len(cache.outputs) == 2 and torch.allclose(output, Tower.forward(tower, pixels).last_hidden_state)
+    assert not torch.allclose(output[0, -1], output[1, -1])

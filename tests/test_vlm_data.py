@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets import Dataset, Features, List, Value
+from datasets import Image as ImageFeature
 from PIL import Image
 from trl.data_utils import prepare_multimodal_messages
 
@@ -94,9 +96,9 @@ def png(size: tuple[int, int] = (8, 8), mode: str = "RGB") -> bytes:
     return buffer.getvalue()
 
 
-def huge_png() -> bytes:
+def huge_png(width: int = 20_000, height: int = 20_000) -> bytes:
     """A PNG whose header says 20,000 x 20,000; it holds no pixels."""
-    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunk = b"IHDR" + header
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + png()[33:]
 
@@ -174,8 +176,13 @@ def test_a_bad_file_is_named_with_its_reason(tmp_path: Path, content: bytes | No
     assert str(file) in str(caught.value)
 
 
-def test_the_guard_stands_below_what_pillow_decodes(tmp_path: Path) -> None:
-    assert Image.MAX_IMAGE_PIXELS is not None and images.MAX_PIXELS < Image.MAX_IMAGE_PIXELS
+def test_the_guard_stands_below_what_pillow_decodes() -> None:
+    """An image that Pillow would decode without a word is refused by its header, before anything is decoded."""
+    assert Image.MAX_IMAGE_PIXELS is not None and images.MAX_PIXELS < 9_000 * 8_000 < Image.MAX_IMAGE_PIXELS
+    with pytest.raises(BadImage, match="has 9000 x 8000 pixels, more than the 64,000,000 that are decoded"):
+        images.read(huge_png(9_000, 8_000))
+    with pytest.raises(BadImage, match="damaged or cut off"):  # within the limit it is decoded
+        images.read(huge_png(800, 800))
 
 
 # --- datasets of a user ---
@@ -232,6 +239,71 @@ def test_every_way_to_write_a_row_is_read_the_same(tmp_path: Path, kind: str) ->
 def test_the_same_question_about_two_images_is_no_leak(tmp_path: Path) -> None:
     splits = load(write(tmp_path, good_rows()))
     assert len(splits.train) + len(splits.test) == 6 and not splits.report.counts
+
+
+def several_questions(n_images: int, n_each: int = 3) -> list[dict]:
+    return [
+        {"image": f"pictures/{i}.png", "messages": turns(f"Question {q}?", f"{i} {q}")}
+        for i in range(n_images)
+        for q in range(n_each)
+    ]
+
+
+def widths(rows) -> set[int]:
+    """Which of the images of `write` the rows show."""
+    return {image.size[0] for row in rows for image in row["images"]}
+
+
+@pytest.mark.parametrize("kind", ["paths", "copies", "parquet"])
+def test_all_questions_about_an_image_are_on_one_side(tmp_path: Path, kind: str) -> None:
+    """An image is its content: a copy under another name is the same, and so are equal bytes in a parquet file."""
+    rows = several_questions(6)
+    name = write(tmp_path, rows)
+    if kind == "copies":
+        for i, row in enumerate(rows):
+            copy = Path(f"pictures/copy{i}.png")
+            (tmp_path / copy).write_bytes((tmp_path / row["image"]).read_bytes())
+            row["image"] = str(copy)
+        name = write(tmp_path, rows)
+    if kind == "parquet":
+        encoded = [{**row, "image": {"bytes": (tmp_path / row["image"]).read_bytes(), "path": None}} for row in rows]
+        features = Features(
+            {"image": ImageFeature(), "messages": List({"role": Value("string"), "content": Value("string")})}
+        )
+        name = str(tmp_path / "mine.parquet")
+        Dataset.from_list(encoded, features).to_parquet(name)
+    splits = load(name, test_split_size=0.3)
+    assert len(splits.train) + len(splits.test) == 18 and len(splits.test) == 3
+    assert not widths(splits.train) & widths(splits.test)
+
+
+def test_rows_that_share_an_image_with_one_of_several_stay_together(tmp_path: Path) -> None:
+    """0 and 1 stand in one row, 1 and 2 in another: the three are one group."""
+    rows = [
+        {"images": [f"pictures/{i}.png" for i in pair], "messages": turns(f"Which, {pair}?")}
+        for pair in ((0, 1), (1, 2), (2, 0), (3, 4), (4, 5))
+    ]
+    for share in (0.2, 0.4, 0.6):
+        splits = load(write(tmp_path, rows), test_split_size=share)
+        assert widths(splits.test) in ({8, 9, 10}, {11, 12, 13}) and not widths(splits.train) & widths(splits.test)
+
+
+def test_questions_about_one_image_alone_cannot_be_split(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"with 1 different prompt\(s\) about images of their own"):
+        load(write(tmp_path, several_questions(1)))
+
+
+def test_an_image_of_a_given_test_split_in_a_training_row_is_a_leak(tmp_path: Path) -> None:
+    rows = several_questions(6)
+    write(tmp_path, rows)
+    (tmp_path / "mine.jsonl").unlink()
+    for split, part in (("train", rows[:16]), ("test", rows[16:])):  # one question about the last image is trained on
+        lines = "".join(json.dumps({**row, "image": str(tmp_path / row["image"])}) + "\n" for row in part)
+        (tmp_path / f"{split}.jsonl").write_text(lines)
+    with pytest.raises(BadData, match=r"line 16: .*shows the same image as .*test\.jsonl, .*line 1"):
+        load(str(tmp_path))
+    splits = load(str(tmp_path), on_bad_rows="drop")
+    assert (len(splits.train), len(splits.test)) == (15, 2)
 
 
 BAD_ROWS = {
@@ -293,9 +365,9 @@ def test_truncated_text_and_huge_files_are_told_together(tmp_path: Path) -> None
 
 
 def test_two_images_are_refused_where_the_model_takes_one(tmp_path: Path) -> None:
-    rows = [{"images": ["pictures/0.png", "pictures/1.png"], "messages": turns(f"Which? {i}")} for i in range(4)]
+    rows = [{"images": [f"pictures/{i}.png", f"pictures/{i + 1}.png"], "messages": turns("Which?")} for i in (0, 2, 4)]
     name = write(tmp_path, rows)
-    assert len(load(name).train) == 3
+    assert len(load(name).train) == 2
     with pytest.raises(BadData, match="holds 2 images, but this model takes 1"):
         load(name, per_row=1)
 

@@ -27,7 +27,7 @@ from llmcore_hf.alignment.evaluation import GenerationArguments, evaluating
 from llmcore_hf.alignment.training import ModelArguments
 from llmcore_hf.checks import Check
 from llmcore_hf.config import Config, RunArguments
-from llmcore_hf.curves import HELD_OUT, REJECTED, TRAIN, Line, Panel
+from llmcore_hf.curves import HELD_OUT, REJECTED, SHARE, TRAIN, Line, Panel
 from llmcore_hf.data.loading import DataArguments, Splits
 from llmcore_hf.errors import UserError
 from llmcore_hf.run_dir import RunDirectory
@@ -179,7 +179,6 @@ def export(model: Any, state: dict[str, torch.Tensor], cls: Any, folder: str) ->
 class Blip2(VisionLesson):
     name, title, kinds, images_per_row, tower = "blip2", "BLIP-2", ("blip-2",), IMAGES_PER_ROW, TOWER
     default_template = QUESTION_TEMPLATE
-    loss_title = "Loss: sum of three in stage 1, of the next token after it"
     panels = (
         Panel(
             "Stage 1: losses of the Q-Former (training)",
@@ -190,8 +189,13 @@ class Blip2(VisionLesson):
             (Line("itm_accuracy", "matching", HELD_OUT),),
             level=0.5,
             level_label="chance",
+            limits=SHARE,
         ),
     )
+
+    def shown_history(self, history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The first stage's loss is another: it stands in a panel of its own, as the three it is the sum of."""
+        return [{n: v for n, v in row.items() if n != "loss"} if "itc" in row else row for row in history]
 
     def make_trainer(self, config: Config, job: VisionJob, splits: Splits, args: SFTConfig) -> Blip2Trainer:
         from peft import get_peft_model
@@ -216,12 +220,16 @@ class Blip2(VisionLesson):
                 DataCollatorForVisionLanguageModeling(job.processor, args.max_length, completion_only_loss=True)
             ),
         )
-        rows = splits.train
+        rows, frozen, rate = splits.train, (TOWER, LANGUAGE_MODEL), args.learning_rate
+        everything = range(len(rows))
+        with_language_model = starts_with((*GENERATES, LANGUAGE_MODEL))
         trainer.begin(
             [
-                Stage(STAGE1, stage1, options.stage1_learning_rate, starts_with(REPRESENTS), caption_rows(rows)),
-                Stage(STAGE2, stage2 - with_lm, args.learning_rate, starts_with(GENERATES), range(len(rows))),
-                Stage(STAGE3, with_lm, args.learning_rate, starts_with((*GENERATES, LANGUAGE_MODEL)), range(len(rows))),
+                Stage(
+                    STAGE1, stage1, options.stage1_learning_rate, starts_with(REPRESENTS), caption_rows(rows), frozen
+                ),
+                Stage(STAGE2, stage2 - with_lm, rate, starts_with(GENERATES), everything, frozen),
+                Stage(STAGE3, with_lm, rate, with_language_model, everything, frozen=(TOWER,)),
             ]
         )
         return trainer

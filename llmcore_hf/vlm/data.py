@@ -43,11 +43,19 @@ def load_splits(
         BadData: rows have problems, and `--on_bad_rows` does not let the run go on.
     """
     name = str(args.dataset_name)
+    folder = None if name in TOY_DATASETS else _folder_of(name)
+
+    def row_links(row: dict[str, Any]) -> Iterator[bytes]:
+        """Several questions about one image are held out together, or not at all."""
+        keys = (images.content_key(located(source, folder)) for source in images_of(row))
+        yield from (key for key in keys if key is not None)
+
+    links = None if name in TOY_DATASETS else row_links
     check = row_check_of(name, images_per_row)
-    splits = load(args, "sft", seed, None, chooses_best, None, bad_rows_file, check)
+    splits = load(args, "sft", seed, None, chooses_best, None, bad_rows_file, check, links)
     if name in TOY_DATASETS:
         return splits
-    rows = {role: as_trained(getattr(splits, role), _folder_of(name)) for role in ("train", "validation", "test")}
+    rows = {role: as_trained(getattr(splits, role), folder) for role in ("train", "validation", "test")}
     return replace(splits, **rows)
 
 

@@ -68,6 +68,13 @@ class PromptProcessor:
         return self.processor(images=images, text=text, **options)
 
 
+def blind_query(rows: Sequence[Row], how: str) -> list[Row]:
+    """The same with the last image of each row alone exchanged: the examples before it keep theirs."""
+    asked = blind([{**row, "images": row["images"][-1:]} for row in rows], how)
+    pairs = zip(rows, asked, strict=True)
+    return [{**row, "images": [*row["images"][:-1], *other["images"]]} for row, other in pairs]
+
+
 def encode_prompts(processor: Any, rows: Sequence[Row]) -> Any:
     """Padded prompts of the rows, ready for `generate`: padding stands on the left."""
     from trl.data_utils import prepare_multimodal_messages

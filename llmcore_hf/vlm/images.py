@@ -5,6 +5,7 @@ Needs Pillow and NumPy alone; torchvision is never imported.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import warnings
 from collections.abc import Iterator
@@ -120,3 +121,15 @@ def _check_size(size: tuple[int, int], name: str) -> None:
         raise BadImage(
             f"{name} has {width} x {height} pixels, more than the {MAX_PIXELS:,} that are decoded: scale it down first"
         )
+
+
+def content_key(source: Any) -> bytes | None:
+    """A hash of an image's file, wherever it lies and whatever its name; None when there is no such file.
+
+    Takes what a dataset holds: a path, or `{"path": ..., "bytes": ...}`.
+    """
+    content = source.get("bytes") or source.get("path") if isinstance(source, dict) else source
+    if isinstance(content, str):
+        file = Path(content).expanduser()
+        content = file.read_bytes() if file.is_file() else None
+    return hashlib.blake2b(content, digest_size=16).digest() if content else None

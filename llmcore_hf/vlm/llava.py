@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 house_defaults, only_asks = training.house_defaults, training.only_asks
 check = training.check_options
-PROJECTOR, TOWER = "multi_modal_projector", "vision_tower"
+PROJECTOR, TOWER, LANGUAGE_MODEL = "multi_modal_projector", "vision_tower", "language_model"
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
@@ -69,9 +69,21 @@ class Llava(VisionLesson):
         trainer.begin(
             [
                 Stage(
-                    "alignment", lengths[0], options.stage1_learning_rate, lambda n: PROJECTOR in n, caption_rows(rows)
+                    "alignment",
+                    lengths[0],
+                    options.stage1_learning_rate,
+                    lambda n: PROJECTOR in n,
+                    caption_rows(rows),
+                    frozen=(TOWER, LANGUAGE_MODEL),
                 ),
-                Stage("instruction tuning", lengths[1], args.learning_rate, lambda n: TOWER not in n, range(len(rows))),
+                Stage(
+                    "instruction tuning",
+                    lengths[1],
+                    args.learning_rate,
+                    lambda n: TOWER not in n,
+                    range(len(rows)),
+                    frozen=(TOWER,),
+                ),
             ]
         )
         return trainer

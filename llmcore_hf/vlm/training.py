@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,9 @@ from llmcore_hf.vlm.data import MARK, is_caption
 if TYPE_CHECKING:
     import numpy as np
     from datasets import Dataset
+
+
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
 @dataclass
@@ -58,9 +62,10 @@ class VisionArguments:
 
 @dataclass
 class VisionJob(training.Job):
-    """A checkpoint with its processor."""
+    """A checkpoint with its processor; `adapter` is the folder of a LoRA adapter on it, which changes what `path` holds."""
 
     processor: Any = None
+    adapter: str | None = None
 
 
 def house_defaults(explicit: dict[str, Any]) -> dict[str, Any]:
@@ -81,7 +86,9 @@ def only_asks(config: Config) -> bool:
 def check_options(config: Config, images_per_row: int | None = None) -> list[str]:
     """Impossible combinations of options that all vision modules have; one sentence each."""
     values, asks = config.values, only_asks(config)
-    problems = training.check_options(config, tiny.TINY_VLMS, needs_dataset=not asks)
+    problems = training.check_options(
+        config, tiny.TINY_VLMS, needs_dataset=not asks, merge=None if asks else merge_into_vision_model
+    )
     problems += _check_question(config, images_per_row) if asks else []
     if values["max_generation_samples"] == 0:
         problems.append(
@@ -123,6 +130,16 @@ def _check_question(config: Config, images_per_row: int | None) -> list[str]:
     return problems
 
 
+def merge_into_vision_model(adapter: str) -> str:
+    """Python that merges a LoRA adapter into its base, for a message. PEFT's own Auto classes know no class for images."""
+    return (
+        "from peft import PeftModel; from transformers import AutoModelForImageTextToText, AutoProcessor; "
+        f"base = AutoModelForImageTextToText.from_pretrained({loading.base_of(adapter)!r}); "
+        f"PeftModel.from_pretrained(base, {adapter!r}).merge_and_unload().save_pretrained('merged'); "
+        f"AutoProcessor.from_pretrained({adapter!r}).save_pretrained('merged')"
+    )
+
+
 def _check_schedule(values: dict[str, Any]) -> list[str]:
     """Schedules that depend on more than the step cannot be repeated for each stage."""
     kind = str(plain(values["lr_scheduler_type"]))
@@ -149,20 +166,36 @@ def prepare(
     set_seed(args.seed)
     name = str(model_args.model_name_or_path)
     path = str(tiny.ensure(name)) if name in tiny.TINY_VLMS else loading.resolve_name(name)
+    adapter = path if loading.is_adapter(path) else None
+    path = loading.base_of(adapter) if adapter else path
     options = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
     loading.load_tokenizer(path, **options)  # fails first, with a clear message
     kind = AutoConfig.from_pretrained(path, **options).model_type
     if kind not in kinds:
         raise UserError(f"{name} is a model of type `{kind}`; module `{config.module}` takes {' or '.join(kinds)}")
     try:
-        processor = AutoProcessor.from_pretrained(path, **options)
+        has_processor = adapter and any(Path(adapter, name).is_file() for name in PROCESSOR_FILES)
+        processor = AutoProcessor.from_pretrained(adapter if has_processor else path, **options)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{name} has no processor that can be loaded: {' '.join(str(error).split())}") from error
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template or default_template
     if not processor.chat_template:
         raise UserError(f"{name} has no chat template: take a checkpoint that was trained on conversations")
     args.model_init_kwargs = loading.init_kwargs(model_args, args.model_init_kwargs)
-    return VisionJob(name, path, processor.tokenizer, loading.context_length(path, **options), processor)
+    return VisionJob(name, path, processor.tokenizer, loading.context_length(path, **options), processor, adapter)
+
+
+def load_whole(job: VisionJob, **options: Any) -> Any:
+    """The model to ask: the checkpoint, with its adapter merged into it."""
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(job.path, **options)
+    if job.adapter is None:
+        return model
+    from peft import PeftModel
+
+    merged: Any = PeftModel.from_pretrained(model, job.adapter)
+    return merged.merge_and_unload()
 
 
 # --- stages ---------------------------------------------------------------------------------------------------------
@@ -177,6 +210,7 @@ class Stage:
         learning_rate: the peak of its own schedule.
         trains: name of a parameter -> whether it learns; those that the checkpoint or PEFT froze never do.
         rows: numbers of the training rows it draws from.
+        frozen: parts of the model that must stay as they are, by a module's name: what is checked, whatever `trains` says.
         lengths: for each training row how long it is, in any unit, when they differ much: batches are then of similar rows,
             and little is padded.
     """
@@ -186,6 +220,7 @@ class Stage:
     learning_rate: float
     trains: Callable[[str], bool]
     rows: Sequence[int]
+    frozen: Sequence[str] = ()
     lengths: Sequence[int] | None = None
 
 
@@ -269,8 +304,10 @@ class StageCallback(TrainerCallback):
             self.moved += [name for name in after if after[name] != self.before[name]]
 
     def _frozen(self) -> dict[str, torch.nn.Parameter]:
+        """What must not learn now: what the stage names, and whatever does not require a gradient."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        return {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        parts = set(self.current.frozen) if self.current else set()
+        return {n: p for n, p in model.named_parameters() if not p.requires_grad or parts & set(n.split("."))}
 
 
 def digests(parameters: dict[str, torch.nn.Parameter]) -> dict[str, str]:
