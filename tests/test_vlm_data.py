@@ -328,6 +328,10 @@ BAD_ROWS = {
         "line 3: `turn 0` holds an image itself",
     ),
     "no such file": ({"image": "pictures/9.png"}, r"line 3: `image` there is no file .*9\.png"),
+    "an address": (
+        {"image": "http://x.org/a.png"},
+        "line 3: `image` http://x.org/a.png is an address, and nothing is fetched",
+    ),
     "no image": ({"image": None}, r"line 3: `images` holds no image"),
     "more marks than images": ({"messages": turns("<image> and <image>?")}, r"name 2 images, but the row has 1"),
     "more parts than images": (

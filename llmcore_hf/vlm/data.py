@@ -150,8 +150,8 @@ def count_marks(turns: list[dict[str, Any]]) -> int:
 
 
 def located(source: Any, folder: Path | None) -> Any:
-    """An image with its path made absolute: relative ones begin beside the dataset's file."""
-    if isinstance(source, str):
+    """An image with its path made absolute: relative ones begin beside the dataset's file. An address stays one."""
+    if isinstance(source, str) and "://" not in source:
         return str((folder or Path()) / Path(source).expanduser())
     return source
 
