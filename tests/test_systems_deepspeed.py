@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
 from typing import Any
 
 import pytest
@@ -63,6 +64,47 @@ def test_bfloat16_halves_parameters_and_gradients_and_nothing_else() -> None:
     assert narrow == {**wide, "parameters": wide["parameters"] / 2, "gradients": wide["gradients"] / 2}
 
 
+# Gradients where they are sharded (else the share of the optimizer), in elements, of each of three ranks, as DeepSpeed 0.19.8
+# and PyTorch 2.13 hold them for the toy's model of 254 656 parameters; and the elements of the largest gather.
+THREE_RANKS = {
+    "zero_redundancy": ([86_016, 86_016, 82_624], 254_656),
+    "fsdp2": ([86_134, 86_134, 82_388], 258_402),
+    "zero 1": ([84_886, 84_886, 84_886], 254_658),
+    "zero 2": ([86_176, 98_496, 86_370], 254_658),
+    "zero 3": ([84_908, 84_908, 84_908], 254_724),
+}
+
+
+def shapes_of(shape: ModelShape) -> formulas.Shapes:
+    return [tuple(p.shape) for p in parallel.make_model(shape, TRAINING).parameters()]
+
+
+@pytest.mark.parametrize("name", THREE_RANKS)
+def test_what_does_not_divide_evenly_is_counted_as_the_engine_divides_it(name: str) -> None:
+    engine, shapes, (measured, gathered) = BY_NAME[name], shapes_of(ModelShape()), THREE_RANKS[name]
+    held = [formulas.rank_bytes(engine, shapes, 3, rank) for rank in range(3)]
+    kind, width = ("gradients", 4) if name in ("fsdp2", "zero 2", "zero 3") else ("optimizer", 8)
+    assert [n_bytes[kind] / width for n_bytes in held] == measured
+    sent = formulas.rank_traffic(engine, shapes, 3)
+    assert max(n for kinds in sent.values() for n in kinds.values()) == 4 * gathered
+
+
+def test_rows_are_dealt_out_as_torch_chunks_them() -> None:
+    for rows in (1, 2, 5, 7, 16):
+        for n_ranks in (2, 3, 8):
+            chunks = [len(chunk) for chunk in torch.zeros(rows, 3).chunk(n_ranks)]
+            found = formulas.shares(BY_NAME["fsdp2"], [(rows, 3)], n_ranks)
+            assert found == [3 * n for n in chunks] + [0] * (n_ranks - len(chunks))
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_where_all_divides_evenly_a_rank_holds_and_sends_what_the_paper_says(name: str) -> None:
+    engine, shapes = BY_NAME[name], 8 * [(8, 8)]
+    for rank in range(4):
+        assert formulas.rank_bytes(engine, shapes, 4, rank) == formulas.zero_bytes(engine, 512, 4)
+    assert formulas.rank_traffic(engine, shapes, 4) == formulas.zero_traffic(engine, 512)
+
+
 # ---------------------------------------------------------------- the engines of PyTorch, and the checks on them
 
 
@@ -74,21 +116,21 @@ def trained() -> tuple[list[Outcome], dict[str, Any]]:
     return outcomes, parallel.train_alone(SHAPE, TRAINING, batches)
 
 
-def sizes_of(alone: dict[str, Any]) -> list[int]:
-    return [weight.numel() for weight in alone["weights"].values()]
+def trained_shapes(alone: dict[str, Any]) -> formulas.Shapes:
+    return [tuple(weight.shape) for weight in alone["weights"].values()]
 
 
 @pytest.mark.slow
 def test_pytorchs_engines_equal_one_process_and_the_formulas(trained: tuple[list[Outcome], dict[str, Any]]) -> None:
     outcomes, alone = trained
-    n_parameters = sum(sizes_of(alone))
+    shapes = trained_shapes(alone)
     equal = deepspeed.equality_checks(outcomes, alone, 1e-5)
     assert all(check.passed for check in equal[:2]), equal
     assert deepspeed.engine_check(outcomes).passed
-    assert deepspeed.traffic_check(outcomes, n_parameters).passed
+    assert deepspeed.traffic_check(outcomes, shapes).passed
     for outcome in outcomes:
-        expected = formulas.zero_bytes(outcome.engine, n_parameters, 2)
-        assert all(outcome.held(rank) == pytest.approx(expected) for rank in outcome.ranks)
+        for number, rank in enumerate(outcome.ranks):
+            assert outcome.held(rank) == formulas.rank_bytes(outcome.engine, shapes, 2, number)
 
 
 @pytest.mark.slow
@@ -101,31 +143,102 @@ def test_what_is_not_as_it_should_be_fails_a_check(trained: tuple[list[Outcome],
     assert not deepspeed.equality_checks(broken, alone, 1e-5)[0].passed
     engines = deepspeed.engine_check(broken)
     assert not engines.passed and "fsdp2: DistributedDataParallel" in engines.observed["others"]
-    traffic = deepspeed.traffic_check(broken, sum(sizes_of(alone)))
+    traffic = deepspeed.traffic_check(broken, trained_shapes(alone))
     assert not traffic.passed and "ddp, rank 1: backward/all_reduce" in traffic.observed["differences"]
 
 
-def pretend(stage: int, trace: list[int], at_rest: int) -> Outcome:
-    held = formulas.zero_bytes(Engine("", "deepspeed", stage), 1000, 2)
+TEN = 10 * [(10, 10)]  # 1000 parameters that two ranks share evenly
+
+
+def pretend(stage: int, trace: list[int], at_rest: int, bf16: bool = False) -> Outcome:
+    engine = Engine(f"zero {stage}", "deepspeed", stage, bf16=bf16)
+    held = formulas.zero_bytes(engine, 1000, 2)
     n_bytes = {kind: int(n) for kind, n in held.items() if kind != "gradients"}
-    rank = {"bytes": n_bytes, "gradient_trace": trace, "gradients_at_rest": at_rest}
-    return Outcome(Engine(f"zero {stage}", "deepspeed", stage), [rank, rank])
+    rank = {
+        "bytes": n_bytes,
+        "gradient_trace": trace,
+        "gradients_at_rest": at_rest,
+        "losses": [3.0, 2.0],
+        "weights": {},
+    }
+    return Outcome(engine, [copy.deepcopy(rank), copy.deepcopy(rank)])
 
 
-def test_the_peak_of_gradients_tells_the_stages_apart() -> None:
-    right = [
+def pretended() -> list[Outcome]:
+    return [
         pretend(0, [2000, 4000], 4000),
         pretend(1, [2000, 4000], 2000),
         pretend(2, [900, 2400], 2000),
         pretend(3, [2200, 2100], 2000),
     ]
-    memory, peak = deepspeed.memory_checks(right, 1000, 100)
+
+
+def test_the_peak_of_gradients_tells_the_stages_apart() -> None:
+    right = pretended()
+    memory, peak = deepspeed.memory_checks(right, TEN)
     assert memory.passed and peak.passed
     lazy = [*right[:2], pretend(2, [2000, 4000], 2000), right[3]]  # a stage 2 that frees nothing on the way
-    memory, peak = deepspeed.memory_checks(lazy, 1000, 100)
+    memory, peak = deepspeed.memory_checks(lazy, TEN)
     assert memory.passed and not peak.passed
-    large = [*right[:3], pretend(3, [2200, 2100], 2200)]  # 10 % too much
-    assert not deepspeed.memory_checks(large, 1000, 100)[0].passed
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("kind", ["parameters", "gradients", "master", "optimizer"])
+def test_six_percent_too_much_on_any_rank_fails_the_memory_check(kind: str, rank: int) -> None:
+    for factor, fails in ((1.04, False), (1.06, True), (0.94, True)):
+        found = pretended()
+        held = found[3].ranks[rank]
+        if kind == "gradients":
+            held["gradients_at_rest"] = int(factor * held["gradients_at_rest"])
+        else:
+            held["bytes"][kind] = int(factor * held["bytes"][kind])
+        assert deepspeed.memory_checks(found, TEN)[0].passed is not fails
+
+
+ALONE = {"losses": [3.0, 2.0], "weights": {"w": torch.ones(2), "v": torch.zeros(3)}}
+
+
+def equal_run(engine: str = "ddp", **changes: Any) -> Outcome:
+    rank = {"losses": [3.0, 2.0], "weights": {"w": torch.ones(2), "v": torch.zeros(3)}, **changes}
+    return Outcome(BY_NAME[engine], [rank, rank])
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        ({}, [True, True, True]),
+        ({"losses": [3.0, 2.0 + 1e-4]}, [False, True, True]),
+        ({"losses": [3.0, float("nan")]}, [False, True, True]),
+        ({"losses": [3.0, float("inf")]}, [False, True, True]),
+        ({"weights": {"w": torch.ones(2), "v": torch.tensor([0.0, 1e-4, 0.0])}}, [True, False, True]),
+        ({"weights": {"w": torch.ones(2), "v": torch.tensor([0.0, float("nan"), 0.0])}}, [True, False, True]),
+    ],
+)
+def test_the_equality_checks_fail_for_what_is_apart_or_no_number(changes: Any, verdict: list[bool]) -> None:
+    tolerance = Args().tolerance
+    assert [c.passed for c in deepspeed.equality_checks([equal_run(**changes)], ALONE, tolerance)] == verdict
+
+
+@pytest.mark.parametrize(("apart", "passes"), [(0.04, True), (0.06, False), (float("nan"), False)])
+def test_bfloat16_may_be_a_twentieth_apart(apart: float, passes: bool) -> None:
+    found = equal_run("zero 2, bf16", losses=[3.0, 2.0 + apart])
+    assert deepspeed.equality_checks([found], ALONE, 1e-5)[2].passed is passes
+
+
+def test_a_checkpoint_that_goes_on_elsewhere_fails_its_check() -> None:
+    assert deepspeed.checkpoint_check({"a": 1e-6, "b": 0.0}, 1e-5).passed
+    assert not deepspeed.checkpoint_check({"a": 0.0, "b": 2e-5}, 1e-5).passed
+    assert not deepspeed.checkpoint_check({"a": 0.0, "b": float("nan")}, 1e-5).passed
+
+
+def test_going_on_is_compared_with_the_run_that_was_not_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps before the checkpoint and two after it, the last of them off by a quarter."""
+    halves = {data_parallel.train_and_save: [4.0, 3.0], data_parallel.load_and_train: [2.0, 1.25]}
+    monkeypatch.setattr(workers, "launch", lambda work, n_ranks, *args: [halves[work]] * n_ranks)
+    losses, batches = [4.0, 3.0, 2.0, 1.0], torch.zeros(4, 8, 9)
+    assert deepspeed.go_on((2, 2), (1, 1), SHAPE, TRAINING, batches, losses) == 0.25
+    losses[-1] = float("nan")
+    assert math.isnan(deepspeed.go_on((2, 2), (1, 1), SHAPE, TRAINING, batches, losses))
 
 
 # ---------------------------------------------------------------- the module
@@ -151,9 +264,11 @@ def test_without_deepspeed_the_command_fails_with_one_message(llmcore: Run, tmp_
     [
         ({"num_processes": 1}, "--num_processes 1: at least 2"),
         ({"num_processes": 3}, "multiple of 3"),
+        ({"num_processes": 100_000}, "--num_processes 100000: at most 16"),
         ({"hidden_size": 100}, "multiple of 8"),
         ({"max_steps": 2}, "at least 3"),
         ({"learning_rate": -1.0}, "positive"),
+        ({"learning_rate": 1e38}, "at most 3.4e.37"),
         ({"num_attention_heads": 0}, "--num_attention_heads 0"),
     ],
 )
@@ -173,6 +288,20 @@ def test_deepspeed_understands_its_configuration(engine: Engine) -> None:
     assert config.zero_optimization_stage == engine.stage and config.gradient_clipping == 0
     assert not config.zero_config.use_multi_rank_bucket_allreduce
     assert bool(config.bfloat16_config.enabled) is engine.bf16
+
+
+@pytest.mark.slow
+def test_three_ranks_hold_and_send_what_the_formulas_say_to_the_byte() -> None:
+    """254 656 parameters do not divide by three, and those at the borders of stage 2 are kept twice."""
+    pytest.importorskip("deepspeed")
+    training = Training(3, 12, 16, 1, 4e-3, 1e-5, seed=0)
+    outcomes = deepspeed.train_engines(3, ModelShape(), training, packed_batches(3, 12, 16, 0))
+    shapes = shapes_of(ModelShape())
+    for outcome in outcomes:
+        for number, rank in enumerate(outcome.ranks):
+            assert outcome.held(rank) == formulas.rank_bytes(outcome.engine, shapes, 3, number), outcome.engine
+    checks = [*deepspeed.memory_checks(outcomes, shapes), deepspeed.traffic_check(outcomes, shapes)]
+    assert all(check.passed for check in checks), checks
 
 
 @pytest.mark.slow

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from llmcore_hf.errors import ConfigError
+from llmcore_hf.run_dir import Diverged
 from llmcore_hf.systems import megatron, parallel, workers
-from llmcore_hf.systems.formulas import Part, differences, expected_bytes, expected_collectives, expected_parameters
+from llmcore_hf.systems.formulas import (
+    Part,
+    differences,
+    expected_bytes,
+    expected_collectives,
+    expected_parameters,
+    gradient_buckets,
+    gradient_order,
+)
 from llmcore_hf.systems.megatron import LAYOUTS, PLAIN_PLAN, Args, Outcome
 from llmcore_hf.systems.parallel import Layout, ModelShape, Training, make_model, name_in_model
 from llmcore_hf.systems.text import packed_batches
@@ -61,6 +72,39 @@ def test_messages_of_a_pipeline_are_counted_once_per_border_and_direction() -> N
         ranks = [expected_collectives(layout, shape, TRAINING, rank)["between stages"] for rank in range(2)]
         assert sum(rank["send"]["calls"] for rank in ranks) == 2 * borders * TRAINING.n_microbatches
         assert sum(rank["send"]["bytes"] for rank in ranks) == sum(rank["recv"]["bytes"] for rank in ranks)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_order_of_the_gradients_is_that_of_the_backward_pass(architecture: str) -> None:
+    shape = ModelShape(architecture, hidden_size=32, intermediate_size=80, num_hidden_layers=2, vocab_size=90)
+    model, came_in = make_model(shape, TRAINING), []
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: came_in.append(p.numel()))
+    ids = torch.randint(90, (2, 8))
+    parallel.loss_of(model(input_ids=ids).logits, ids).backward()
+    assert gradient_order(shape) == came_in
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("hidden", "layers", "dtype"), [(64, 4, "float32"), (64, 4, "float64"), (128, 8, "float32")])
+def test_buckets_are_those_of_ddp(architecture: str, hidden: int, layers: int, dtype: str) -> None:
+    """Against the function with which DDP itself makes them; the toy, README's float64, and the full recipe."""
+    shape = ModelShape(architecture, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers)
+    gradients = [torch.empty(n, dtype=getattr(torch, dtype)) for n in gradient_order(shape)]
+    limits = [dist._DEFAULT_FIRST_BUCKET_BYTES, 25 * 2**20]
+    theirs, _ = dist._compute_bucket_assignment_by_size(gradients, limits)
+    ours = gradient_buckets([g.nbytes for g in gradients])
+    assert ours == [sum(gradients[i].nbytes for i in bucket) for bucket in theirs]
+    training = dataclasses.replace(TRAINING, dtype=dtype)
+    sent = expected_collectives(BY_NAME["dp"], shape, training, 0)["backward"]["all_reduce"]
+    assert sent == {"calls": len(theirs), "bytes": sum(ours)}
+    assert len(theirs) == (1 if (hidden, dtype) == (64, "float32") else 2)
+
+
+def test_a_bucket_is_full_when_it_holds_its_limit() -> None:
+    mib = 2**20
+    assert gradient_buckets([mib - 4, 4]) == [mib] and gradient_buckets([mib, 4]) == [mib, 4]
+    assert gradient_buckets([mib, 24 * mib, mib, 3]) == [mib, 25 * mib, 3]
 
 
 def test_differences_name_the_place() -> None:
@@ -222,6 +266,84 @@ def test_the_equality_checks_fail_for_one_wrong_element() -> None:
     assert skipped.passed is None
 
 
+@pytest.mark.parametrize("wrong", [2e-5, float("nan"), float("inf")])
+@pytest.mark.parametrize("quantity", ["loss", "gradients", "weights"])
+def test_what_is_a_little_apart_or_no_number_is_not_equal(quantity: str, wrong: float) -> None:
+    """With the tolerance that is the default, and the wrong value in the last place, where Python's `max` drops a nan."""
+    tensors = {"w": torch.ones(2), "v": torch.zeros(3)}
+    alone = {"losses": [3.0, 2.0], "gradients": tensors, "weights": tensors}
+    found = fake_outcome(BY_NAME["tp"], ModelShape(), tensors)
+    if quantity == "loss":
+        found.losses[-1] += wrong
+    else:
+        setattr(found, quantity, {**tensors, "v": torch.tensor([0, 0, wrong])})
+    checks = megatron.equality_checks([found], None, alone, Args().tolerance)
+    failed = [check.id for check in checks if check.passed is False]
+    assert failed == [f"megatron.{quantity}_equal_one_process"]
+
+
+def test_a_difference_is_that_of_the_worst_element() -> None:
+    zero, one = torch.zeros(1000), torch.zeros(1000)
+    one[500] = 1
+    assert parallel.largest_difference({"a": zero, "b": one, "c": zero}, {"a": zero, "b": zero, "c": zero}) == 1
+    assert parallel.furthest_apart([1.0, 2.0, 3.0], [1.0, 2.5, 3.25]) == 0.5
+
+
+def test_the_loss_of_a_layout_is_the_mean_over_its_replicas() -> None:
+    def rank(*losses: float | None) -> dict[str, Any]:
+        return {"losses": list(losses), "gradients": {}, "weights": {}}
+
+    found = Outcome.of(BY_NAME["3d"], [rank(None, None), rank(3.0, 2.0), rank(None, None), rank(4.0, 1.0)])
+    assert found.losses == [3.5, 1.5]
+
+
+def test_gradients_of_replicas_are_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two replicas, the other one with the same gradients: the mean is what each of them has, the sum is twice that."""
+    monkeypatch.setattr(dist, "all_reduce", lambda buffer, group: buffer.mul_(2))
+    parameters = {name: nn.Parameter(torch.zeros(n)) for name, n in (("a", 2), ("b", 3))}
+    for parameter in parameters.values():
+        parameter.grad = torch.arange(1.0, 1 + len(parameter))
+    mesh = {"dp": SimpleNamespace(get_group=lambda: None)}
+    worker: Any = SimpleNamespace(
+        enter=lambda phase: None, parameters=parameters, layout=BY_NAME["3d"], ddp=None, mesh=mesh
+    )
+    parallel.Worker.finish_gradients(worker)
+    assert [p.grad.tolist() for p in parameters.values()] == [[1.0, 2.0], [1.0, 2.0, 3.0]]
+
+
+@pytest.mark.parametrize("greedy", ["1f1b", "tp+sp"])
+def test_activations_that_do_not_shrink_fail_their_check(greedy: str) -> None:
+    kept = {"gpipe": 100, "1f1b": 60, "tp": 100, "tp+sp": 60}
+    found = {name: fake_outcome(BY_NAME[name], ModelShape(), {}) for name in kept}
+    for name, n_bytes in kept.items():
+        found[name].ranks[0]["activation_bytes"] = n_bytes
+    assert megatron.activation_check(found).passed
+    found[greedy].ranks[0]["activation_bytes"] = 100
+    assert not megatron.activation_check(found).passed
+
+
+def test_a_training_that_diverges_ends_with_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = packed_batches(3, 4, 8, 0)
+    training = dataclasses.replace(TRAINING, batch_size=4, seq_length=8, learning_rate=10.0)
+    monkeypatch.setattr(parallel, "loss_of", lambda logits, labels: logits.sum() * float("nan"))
+    with pytest.raises(Diverged, match=r"the loss is nan in step 1: lower --learning_rate \(10\)"):
+        parallel.train_alone(ModelShape(num_hidden_layers=1), training, batches)
+
+
+def test_the_largest_learning_rate_is_that_of_the_optimizer() -> None:
+    for factor in (0.99, 1.01):
+        weight = nn.Parameter(torch.ones(2))
+        weight.grad = torch.ones(2)
+        rate = factor * parallel.LARGEST_LEARNING_RATE
+        optimizer = parallel.make_optimizer([weight], dataclasses.replace(TRAINING, learning_rate=rate))
+        assert bool(parallel.learning_rate_problems(rate)) == (factor > 1)
+        if factor > 1:
+            with pytest.raises(RuntimeError, match="overflow"):
+                optimizer.step()
+        else:
+            optimizer.step()
+
+
 def test_tensors_of_one_side_alone_are_no_equality() -> None:
     with pytest.raises(KeyError, match="one side alone"):
         parallel.largest_difference({"a": torch.ones(1)}, {"a": torch.ones(1), "b": torch.ones(1)})
@@ -238,6 +360,7 @@ def test_tensors_of_one_side_alone_are_no_equality() -> None:
         ({"num_microbatches": 0}, "--num_microbatches 0"),
         ({"num_attention_heads": 0}, "--num_attention_heads 0"),
         ({"tolerance": 0.0}, "positive"),
+        ({"learning_rate": 1e38}, "at most 3.4e.37"),
         ({"stage_seconds": float("nan")}, "positive"),
     ],
 )

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 
+from llmcore_hf.systems import megatron
 from llmcore_hf.systems.formulas import expected_in_flight
+from llmcore_hf.systems.megatron import Bubble
 from llmcore_hf.systems.pipeline import Span, cpu_bubble, ideal_bubble, in_flight, least_cpu, measured_bubble
 
 
@@ -81,3 +86,76 @@ def test_spans_that_are_no_whole_step_are_refused() -> None:
 def test_interleaving_keeps_more_microbatches_than_1f1b() -> None:
     assert [expected_in_flight("interleaved", 4, rank, 8, 2) for rank in range(4)] == [11, 9, 7, 5]
     assert [expected_in_flight("1f1b", 4, rank, 2) for rank in range(4)] == [2, 2, 2, 1]  # never more than there are
+
+
+# ---------------------------------------------------------------- the checks of `megatron`
+
+
+def taking_turns(ranks: list[list[Span]]) -> list[list[Span]]:
+    """The same computations in the same order, one at a time: no two ranks ever compute at once."""
+    clock = 0.0
+    serial: list[list[Span]] = [[] for _ in ranks]
+    for rank, span in sorted(
+        ((rank, span) for rank, spans in enumerate(ranks) for span in spans), key=lambda e: e[1][3]
+    ):
+        length = span[4] - span[3]
+        serial[rank].append((*span[:3], clock, clock + length, span[5]))
+        clock += length
+    return serial
+
+
+def drawn(change: Any = lambda spans: spans) -> list[Bubble]:
+    return [
+        Bubble.of("gpipe", 4, 1, [change(gpipe(2, 4))], computes=True),
+        Bubble.of("1f1b", 4, 1, [change(one_f_one_b())], computes=True),
+    ]
+
+
+def verdicts(computed: list[Bubble], declared: list[Bubble] | None = None) -> dict[str, bool | None]:
+    made = megatron.pipeline_checks(computed, [] if declared is None else declared)
+    return {check.id.removeprefix("megatron."): check.passed for check in made}
+
+
+RIGHT = dict.fromkeys(
+    ("microbatches_in_flight", "bubble_by_cpu_time", "bubble_by_the_clock", "bubble_of_declared_times"), True
+)
+
+
+def test_a_pipeline_whose_ranks_take_turns_fails_by_the_clock() -> None:
+    assert verdicts(drawn()) == RIGHT
+    serial = drawn(taking_turns)
+    assert [b.clock for b in serial] == [[pytest.approx(0.5)], [pytest.approx(0.5)]]
+    for bubble in serial:
+        assert verdicts([bubble]) == {**RIGHT, "bubble_by_the_clock": False}
+
+
+INTERLEAVED = Bubble("interleaved", 2, 4, 2, [1 / 9], 1 / 9, [5, 3], [])
+DECLARED = Bubble("gpipe", 4, 8, 1, [3 / 11], None, [8] * 4, [])
+
+
+@pytest.mark.parametrize(
+    ("change", "check"),
+    [
+        ({"cpu": 1 / 9 + 0.05}, "bubble_by_cpu_time"),
+        ({"cpu": 1 / 9 - 0.05}, "bubble_by_cpu_time"),
+        ({"clock": [0.9, 1 / 9 + 0.26]}, "bubble_by_the_clock"),
+        ({"clock": [1 / 9 - 0.11]}, "bubble_by_the_clock"),
+        ({"in_flight": [5, 4]}, "microbatches_in_flight"),
+    ],
+)
+def test_a_bubble_that_is_not_the_formula_fails_its_check(change: dict[str, Any], check: str) -> None:
+    busy = dataclasses.replace(INTERLEAVED, clock=[0.9, 1 / 9 + 0.18], cpu=1 / 9 + 0.03)  # as seen under load
+    assert verdicts([INTERLEAVED]) == RIGHT == verdicts([busy])
+    assert verdicts([dataclasses.replace(INTERLEAVED, **change)]) == {**RIGHT, check: False}
+
+
+@pytest.mark.parametrize("apart", [0.16, -0.02])
+def test_a_bubble_of_declared_times_lies_close_to_the_formula(apart: float) -> None:
+    assert verdicts([], [dataclasses.replace(DECLARED, clock=[3 / 11 + 0.13])]) == RIGHT
+    found = verdicts([], [dataclasses.replace(DECLARED, clock=[3 / 11 + apart])])
+    assert found == {**RIGHT, "bubble_of_declared_times": False}
+
+
+def test_ranks_that_keep_more_microbatches_than_the_schedule_fail_in_both_pipelines() -> None:
+    found = verdicts([INTERLEAVED], [dataclasses.replace(DECLARED, in_flight=[8, 8, 8, 7])])
+    assert found == {**RIGHT, "microbatches_in_flight": False}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from llmcore_hf.errors import ConfigError
+from llmcore_hf.run_dir import Diverged
 from llmcore_hf.systems import mixed_precision, precision
 from llmcore_hf.systems.mixed_precision import Args, Findings
 from llmcore_hf.systems.parallel import ModelShape, Training, make_model
@@ -144,6 +146,38 @@ def test_without_scaling_small_gradients_vanish() -> None:
     assert sweep[2]["error"] is None
 
 
+def test_underflow_is_a_share_of_the_gradients_that_are_not_zero() -> None:
+    exact = [torch.tensor([1.0, 2.0, 0.0, 0.0]), torch.tensor([0.0, 3.0, 4.0])]
+    found = [torch.tensor([0.0, 2.0, 0.0, 0.0]), torch.tensor([0.0, 3.0, 4.0])]
+    assert precision.vanished(found, exact) == 1 / 4
+
+
+def test_lost_updates_are_a_share_of_the_weights_with_a_gradient() -> None:
+    trainee: Any = SimpleNamespace(stored=[torch.tensor([1.0, 2.0, 1.0, 1.0])])
+    before, gradient = [torch.ones(4)], [torch.tensor([1.0, 1.0, 1.0, 0.0])]
+    step = precision._measure(trainee, before, gradient, gradient, 1.0, 1.0, 1.0)
+    assert step.lost_updates == 2 / 3 and step.moved and not step.overflow
+
+
+def test_weights_that_run_away_end_the_run_with_one_message() -> None:
+    training = dataclasses.replace(TRAINING, learning_rate=1e37)
+    with pytest.raises(Diverged, match=r"gradients are 0 in step 2.*lower --learning_rate \(1e\+37\)"):
+        mixed_precision.find_out(SHAPE, training, CALM)
+
+
+def test_a_float64_loss_that_is_no_number_ends_the_run_with_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss_of = precision.loss_of
+    monkeypatch.setattr(precision, "loss_of", lambda logits, labels: loss_of(logits, labels) * float("nan"))
+    with pytest.raises(Diverged, match=r"the loss is nan in step 1: lower --learning_rate"):
+        mixed_precision.find_out(SHAPE, TRAINING, CALM)
+
+
+def test_without_any_gradient_no_share_of_updates_is_lost() -> None:
+    trainee: Any = SimpleNamespace(stored=[torch.ones(2)])
+    zero, exact = [torch.zeros(2)], [torch.ones(2)]
+    assert precision._measure(trainee, [torch.ones(2)], zero, exact, 1.0, 1.0, 1.0).lost_updates is None
+
+
 # ---------------------------------------------------------------- the checks
 
 
@@ -241,6 +275,7 @@ def test_on_a_cpu_speed_is_told_and_not_judged(found: Findings) -> None:
         ({"hidden_size": 12}, "multiple of 8"),
         ({"max_steps": 3}, "at least 4"),
         ({"init_scale": 0.0}, "positive number"),
+        ({"learning_rate": 1e38}, "at most 3.4e.37"),
         ({"growth_interval": 0}, "growth_interval 0: at least 1"),
     ],
 )

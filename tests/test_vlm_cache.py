@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from llmcore_hf.data import shapes
 from llmcore_hf.errors import UserError
+from llmcore_hf.vlm import tiny
 from llmcore_hf.vlm.vision_cache import CachedCollator, VisionCache
 
 
@@ -89,6 +91,26 @@ def test_other_images_are_computed_as_ever(rows: Dataset) -> None:
     tower.sizes.clear()
     assert torch.equal(tower(pixels).last_hidden_state, Tower.forward(tower, pixels).last_hidden_state)
     assert tower.sizes == [2, 2, 2, 2, 2], "filled with five images, then the two, and the two again"
+
+
+@pytest.mark.parametrize("kind", ["palette", "transparency"])
+def test_images_that_differ_in_what_is_seen_alone_are_told_apart(tmp_path: Path, kind: str) -> None:
+    """The same numbers of colors in every pixel; the colors themselves stand in the palette, or are seen through."""
+    import numpy as np
+    from PIL import Image as PillowImage
+
+    for i, color in enumerate(((255, 0, 0), (0, 0, 255))):
+        image = PillowImage.new("P", (32, 32), 0)
+        image.putpalette([*(color if kind == "palette" else (255, 0, 0)), *[0] * 765])
+        image.save(tmp_path / f"{i}.png", **({"transparency": 0} if kind == "transparency" and i else {}))
+    features = Features({"images": List(Image())})
+    rows = Dataset.from_list([{"images": [str(tmp_path / f"{i}.png")]} for i in range(2)], features)
+    processor = tiny.image_processor("clip")
+    cache = VisionCache(Tower(), SimpleNamespace(image_processor=processor), rows, batch_size=2)
+    decoded = [row["images"][0] for row in rows]
+    pixels = cache.processor.image_processor(decoded, return_tensors="pt")["pixel_values"]
+    assert np.array_equal(np.asarray(decoded[0]), np.asarray(decoded[1])), "what a hash of the pixels alone would see"
+    assert torch.equal(pixels, processor(decoded, return_tensors="pt")["pixel_values"]) and not torch.equal(*pixels)
 
 
 def test_a_tower_that_differs_from_step_to_step_is_refused(rows: Dataset) -> None:

@@ -10,16 +10,18 @@ from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image
+from trl.data_utils import prepare_multimodal_messages
 
 from llmcore_hf.data import digits, shapes
 from llmcore_hf.data.loading import DataArguments
 from llmcore_hf.data.problems import BadData
 from llmcore_hf.errors import UserError
-from llmcore_hf.vlm import images
+from llmcore_hf.vlm import images, tiny
 from llmcore_hf.vlm.data import answer_of, count_marks, is_caption, load_splits, question_of
 from llmcore_hf.vlm.images import BadImage
 
@@ -109,6 +111,52 @@ def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
         assert (image.mode, image.size) == ("RGB", (8, 8))
 
 
+def ramp(height: int = 64) -> np.ndarray:
+    return np.linspace(0, 65535, height * 64).reshape(height, 64).astype(np.uint16)
+
+
+ODD = {
+    "16 bits": lambda file: Image.fromarray(ramp()).save(file, "PNG"),
+    "16 bits as TIFF": lambda file: Image.fromarray(ramp()).save(file, "TIFF"),
+    "32-bit integers": lambda file: Image.fromarray(ramp().astype(np.int32)).save(file, "TIFF"),
+    "turned": lambda file: Image.fromarray((ramp(32) >> 8).astype(np.uint8)).save(file, "PNG", exif=turned()),
+    "turned 16 bits": lambda file: Image.fromarray(ramp(32)).save(file, "PNG", exif=turned()),
+    "transparent": lambda file: Image.merge(
+        "LA", [Image.new("L", (64, 64)), Image.linear_gradient("L").resize((64, 64))]
+    ).save(file, "PNG"),
+}
+
+
+def turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter to the right
+    return exif
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_training_sees_what_is_seen_when_asking(tmp_path: Path, kind: str) -> None:
+    """Through an image processor, which is the last to change something: within one part in 255."""
+    ODD[kind](tmp_path / "odd.png")
+    splits = load(write(tmp_path, [{**good_rows()[0], "image": "odd.png"}, *good_rows()[1:]]))
+    asked = images.read(tmp_path / "odd.png")
+    (trained,) = (row["images"][0] for row in [*splits.train, *splits.test] if row["images"][0].size[1] > 8)
+    assert asked.size == trained.size == ((32, 64) if "turned" in kind else (64, 64))
+    process = tiny.image_processor("blip2")
+    pixels = [process([image], return_tensors="pt")["pixel_values"] for image in (asked, trained)]
+    assert (pixels[0] - pixels[1]).abs().max() < 0.02
+    values = np.asarray(asked)
+    assert len(np.unique(values)) >= 64 and 120 < values.mean() < 135, "a ramp over the whole range"
+
+
+@pytest.mark.parametrize("values", [np.ones((8, 8), np.float32), np.full((8, 8), 70_000, np.int32)])
+def test_values_of_an_unknown_range_are_refused(tmp_path: Path, values: np.ndarray) -> None:
+    Image.fromarray(values).save(tmp_path / "a.tiff")
+    with pytest.raises(
+        BadImage, match=r"a\.tiff has values whose range is not known \(mode .\): save it with 8 or 16 bits"
+    ):
+        images.read(tmp_path / "a.tiff")
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -148,7 +196,7 @@ def write(folder: Path, rows: list[dict]) -> str:
     return str(folder / "mine.jsonl")
 
 
-def turns(question, answer: str = "a thing") -> list[dict]:
+def turns(question, answer="a thing") -> list[dict]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
@@ -266,6 +314,26 @@ def test_an_image_of_a_given_test_split_in_a_training_row_is_a_leak(tmp_path: Pa
 
 
 BAD_ROWS = {
+    "a mark in an answer": (
+        {"messages": turns("What is it?", "a <image>")},
+        "line 3: `turn 1` puts an image into an answer",
+    ),
+    "an image in an answer": (
+        {"messages": turns("What is it?", [{"type": "image"}, {"type": "text", "text": "a thing"}])},
+        "line 3: `turn 1` puts an image into an answer",
+    ),
+    "another kind of part": (
+        {"messages": turns([{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text": "?"}])},
+        "line 3: `turn 0` has a part of type `image_url`",
+    ),
+    "a part without text": (
+        {"messages": turns([{"type": "text"}])},
+        "line 3: `turn 0` has a part of type `text` without",
+    ),
+    "an image within a part": (
+        {"messages": turns([{"type": "image", "image": "pictures/2.png"}, {"type": "text", "text": "?"}])},
+        "line 3: `turn 0` holds an image itself",
+    ),
     "no such file": ({"image": "pictures/9.png"}, r"line 3: `image` there is no file .*9\.png"),
     "no image": ({"image": None}, r"line 3: `images` holds no image"),
     "more marks than images": ({"messages": turns("<image> and <image>?")}, r"name 2 images, but the row has 1"),
@@ -307,6 +375,23 @@ def test_two_images_are_refused_where_the_model_takes_one(tmp_path: Path) -> Non
         load(name, per_row=1)
 
 
-def test_data_without_images_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no image"):
-        load(write(tmp_path, [{"messages": turns(f"What? {i}")} for i in range(4)]))
+def test_data_without_an_image_column_are_refused_once_and_for_all(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match="has no column `image` or `images`: add one, or map it with --columns"
+    ) as caught:
+        load(write(tmp_path, [{"picture": f"pictures/{i}.png", "messages": turns(f"What? {i}")} for i in range(4)]))
+    assert not isinstance(caught.value, BadData) and "\n" not in str(caught.value)
+
+
+def test_parts_of_a_table_are_read_as_those_of_a_text_file(tmp_path: Path) -> None:
+    """A table gives every part the fields of all: an image has a `text`, and a text an `image`, that hold nothing."""
+    from datasets import Dataset
+
+    parts = [{"type": "image", "text": None, "image": None}, {"type": "text", "text": "What is it?", "image": None}]
+    answer = [{"type": "text", "text": "a thing", "image": None}]
+    write(tmp_path, [])
+    rows = [{"image": str(tmp_path / f"pictures/{i}.png"), "messages": turns(parts, answer)} for i in range(4)]
+    Dataset.from_list(rows).to_parquet(tmp_path / "mine.parquet")
+    row = load(str(tmp_path / "mine.parquet")).train[0]
+    content = prepare_multimodal_messages(row["prompt"], images=row["images"])[0]["content"]
+    assert [part["type"] for part in content] == ["image", "text"] and content[0]["image"] is row["images"][0]

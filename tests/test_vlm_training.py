@@ -59,10 +59,25 @@ def test_blind_rows_keep_their_questions() -> None:
         changed = evaluation.blind(rows, how)
         assert [row["prompt"] for row in changed] == [row["prompt"] for row in rows]
     shuffled = evaluation.blind(rows, "shuffled")
-    assert Counter(id(row["images"]) for row in shuffled) == Counter(id(row["images"]) for row in rows)
-    same = sum(a["images"] is b["images"] for a, b in zip(rows, shuffled, strict=True))
-    assert same < 5
+    assert Counter(id(row["images"][0]) for row in shuffled) == Counter(id(row["images"][0]) for row in rows)
+    assert not any(a["images"][0] is b["images"][0] for a, b in zip(rows, shuffled, strict=True))
     assert len({row["images"][0].tobytes() for row in evaluation.blind(rows, "blank")}) == 1
+
+
+def test_blind_rows_keep_the_number_of_their_images() -> None:
+    """Each image is dealt out once, and no row gets one of its own."""
+    counts = [1, 3, 2, 1, 1, 2, 1]
+    rows = [{"images": [(i, j) for j in range(n)], "prompt": i} for i, n in enumerate(counts)]
+    shuffled = evaluation.blind(rows, "shuffled")
+    assert [len(row["images"]) for row in shuffled] == counts and [row["prompt"] for row in shuffled] == list(range(7))
+    assert sorted(image for row in shuffled for image in row["images"]) == sorted(i for r in rows for i in r["images"])
+    assert all(owner != row["prompt"] for row in shuffled for owner, _ in row["images"])
+    together = [{"images": [(i, 0), (i, 1)]} for i in range(5)]
+    assert all(
+        a == b
+        for a, b in (zip(*row["images"], strict=True).__next__() for row in evaluation.blind(together, "shuffled"))
+    )
+    assert evaluation.blind([], "shuffled") == []
 
 
 def test_padding_moves_to_one_side_and_nothing_else_changes() -> None:
@@ -363,7 +378,7 @@ BAD: dict[str, tuple[tuple[str, ...], int, str]] = {
         "tiny-blip2 is a model of type `blip-2`; module `llava` takes llava",
     ),
     "a misspelt toy": (("--model_name_or_path", "tiny-lava", "--dataset_name", "toy-shapes"), 2, "did you mean"),
-    "no images": (("--dataset_name", "toy-sort"), 1, "holds no image"),
+    "no images": (("--dataset_name", "toy-sort"), 1, "has no column `image` or `images`"),
 }
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -60,6 +61,7 @@ DEEPSPEED_OPTIMIZERS = ("AdamW", "DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimiz
 # (stage, ranks) that save, (stage, ranks) that go on. DeepSpeed's universal checkpoints change the number of ranks freely, the
 # stage among 1 and 2.
 CHECKPOINTS = (((2, 2), (1, 1)), ((3, 2), (3, 1)))
+MAX_PROCESSES = 16
 MEMORY_TOLERANCE = 0.05
 SMALL = 64  # bytes: norms and flags that every rank must know
 BF16_TOLERANCE = 0.05  # of a loss, against float32; seen: 0.004 to 0.006
@@ -76,7 +78,7 @@ class Args(lesson.LessonArguments):
     num_hidden_layers: int = field(default=8, metadata={"help": "Layers."})
     num_attention_heads: int = field(default=4, metadata={"help": "Attention heads."})
     max_length: int = field(default=64, metadata={"help": "Tokens per sequence."})
-    num_processes: int = field(default=2, metadata={"help": "Ranks, each with a share of the batch."})
+    num_processes: int = field(default=2, metadata={"help": "Ranks, each with a share of the batch; 2 to 16."})
     batch_size: int = field(default=32, metadata={"help": "Sequences per step, over all ranks."})
     max_steps: int = field(default=20, metadata={"help": "Optimizer steps with each engine, at least 3."})
     learning_rate: float = field(default=4e-3, metadata={"help": "Learning rate of AdamW."})
@@ -89,7 +91,12 @@ class Args(lesson.LessonArguments):
 
     def problems(self) -> list[str]:
         head = max(2 * self.num_attention_heads, 1)
+        too_many = (
+            f"--num_processes {self.num_processes}: at most {MAX_PROCESSES} (all of them run on this machine, each with a "
+            "replica of its own)"
+        )
         return [
+            *([too_many] if self.num_processes > MAX_PROCESSES else []),
             *self.below(
                 max_steps=3,
                 num_processes=2,
@@ -103,6 +110,7 @@ class Args(lesson.LessonArguments):
                 hidden_size=(head, "an even size of each attention head"),
             ),
             *self.not_positive("learning_rate", "adam_epsilon", "tolerance"),
+            *parallel.learning_rate_problems(self.learning_rate),
         ]
 
     @property
@@ -168,7 +176,7 @@ class Outcome:
     def apart(self, alone: dict[str, Any]) -> dict[str, float]:
         """The largest differences of losses and final weights from the training in one process."""
         return {
-            "losses": max(abs(a - b) for a, b in zip(self.losses, alone["losses"], strict=True)),
+            "losses": parallel.furthest_apart(self.losses, alone["losses"]),
             "weights": parallel.largest_difference(self.ranks[0]["weights"], alone["weights"]),
         }
 
@@ -222,19 +230,25 @@ def engine_check(outcomes: list[Outcome]) -> Check:
     )
 
 
-def memory_checks(outcomes: list[Outcome], n_parameters: int, largest: int) -> list[Check]:
-    """Args: `largest` is the number of elements of the largest parameter."""
+def memory_checks(outcomes: list[Outcome], shapes: formulas.Shapes) -> list[Check]:
     off: dict[str, float] = {}
+    n_ranks, sizes = len(outcomes[0].ranks), [math.prod(shape) for shape in shapes]
     for outcome in outcomes:
-        expected = formulas.zero_bytes(outcome.engine, n_parameters, len(outcome.ranks))
-        for rank in outcome.ranks:
-            held = outcome.held(rank)
+        for number, rank in enumerate(outcome.ranks):
+            held, expected = outcome.held(rank), formulas.rank_bytes(outcome.engine, shapes, n_ranks, number)
             worst = max(abs(held[kind] - n) / n if n else float(held[kind]) for kind, n in expected.items())
             off[outcome.engine.name] = max(worst, off.get(outcome.engine.name, 0.0))
     peaks = {o.engine.stage: o.gradient_peak for o in outcomes if o.engine.kind == "deepspeed" and not o.engine.bf16}
-    n_ranks, whole = len(outcomes[0].ranks), 4 * n_parameters
+    whole, kept = (
+        4 * sum(sizes),
+        max(
+            formulas.rank_bytes(Engine("", "deepspeed", stage), shapes, n_ranks, rank)["gradients"]
+            for stage in (2, 3)
+            for rank in range(n_ranks)
+        ),
+    )
     # While a stage shards, the gradients of embedding and head, larger than a bucket, come in whole.
-    limit = (1 + MEMORY_TOLERANCE) * whole / n_ranks + 2 * 4 * largest
+    limit = (1 + MEMORY_TOLERANCE) * kept + 2 * 4 * max(sizes)
     return [
         Check(
             "deepspeed.memory_matches_the_formulas",
@@ -242,8 +256,10 @@ def memory_checks(outcomes: list[Outcome], n_parameters: int, largest: int) -> l
             all(value <= MEMORY_TOLERANCE for value in off.values()),
             off,
             f"parameters, gradients, master weights and moments of every rank within {MEMORY_TOLERANCE:.0%} of the formula",
-            "每个进程持有的字节数与 ZeRO 论文的公式相符：切分的部分除以进程数。",
-            "What a rank holds is what the ZeRO paper says: the sharded parts are divided by the number of ranks.",
+            "每个进程持有的字节数与 ZeRO 论文的公式相符：切分的部分除以进程数；除不尽时按各引擎的分法算（阶段 2 在边界上的梯度，"
+            "相邻两个进程各留完整的一份）。",
+            "What a rank holds is what the ZeRO paper says: the sharded parts are divided by the number of ranks; where they do "
+            "not divide evenly, in the way of the engine (stage 2 keeps a gradient across a border whole on both sides).",
         ),
         Check(
             "deepspeed.the_peak_tells_stage_1_from_stage_2",
@@ -258,10 +274,10 @@ def memory_checks(outcomes: list[Outcome], n_parameters: int, largest: int) -> l
     ]
 
 
-def traffic_check(outcomes: list[Outcome], n_parameters: int) -> Check:
+def traffic_check(outcomes: list[Outcome], shapes: formulas.Shapes) -> Check:
     wrong = []
     for outcome in outcomes:
-        expected = formulas.zero_traffic(outcome.engine, n_parameters)
+        expected = formulas.rank_traffic(outcome.engine, shapes, len(outcome.ranks))
         for number, rank in enumerate(outcome.ranks):
             lines = formulas.differences(outcome.sent(rank), expected)
             wrong += [f"{outcome.engine.name}, rank {number}: {line}" for line in lines]
@@ -319,23 +335,24 @@ def run(config: Config, run_dir: RunDirectory) -> None:
         )
         for first, then in CHECKPOINTS
     }
-    sizes = [weight.numel() for weight in alone["weights"].values()]
+    shapes = [tuple(weight.shape) for weight in alone["weights"].values()]
+    n_parameters = sum(math.prod(shape) for shape in shapes)
     for step, loss in enumerate(alone["losses"]):
         run_dir.log({"step": step + 1, "loss": loss} | {f"loss/{o.engine.name}": o.losses[step] for o in outcomes})
     run_dir.summary["model"] = {
         "name_or_path": f"{args.architecture}, {args.num_hidden_layers} layers of {args.hidden_size}, random weights",
-        "n_params": sum(sizes),
-        "n_trainable": sum(sizes),
+        "n_params": n_parameters,
+        "n_trainable": n_parameters,
         "peft": None,
         "pad_token": None,
         "eos_token": None,
         "pad_is_eos": None,
     }
     run_dir.checks += [*equality_checks(outcomes, alone, args.tolerance), engine_check(outcomes)]
-    run_dir.checks += [*memory_checks(outcomes, sum(sizes), max(sizes)), traffic_check(outcomes, sum(sizes))]
+    run_dir.checks += [*memory_checks(outcomes, shapes), traffic_check(outcomes, shapes)]
     run_dir.checks += [checkpoint_check(resumed, args.tolerance), learning_check(alone["losses"])]
     run_dir.write("results.json", json.dumps(results(outcomes, alone, resumed), indent=1) + "\n")
-    run_dir.write("training_curves.png", lesson.png(figures.draw(alone, outcomes, sum(sizes))))
+    run_dir.write("training_curves.png", lesson.png(figures.draw(alone, outcomes)))
 
 
 def train_engines(n_ranks: int, shape: ModelShape, training: Training, batches: torch.Tensor) -> list[Outcome]:
@@ -364,7 +381,7 @@ def go_on(
         [begun, *_] = launch(data_parallel.train_and_save, first[1], saving, *common, batches[:half], folder)
         [ended, *_] = launch(data_parallel.load_and_train, then[1], loading, *common, batches[half:], folder)
     print(f"checkpoint of {first[1]} ranks, read by {then[1]}: {time.monotonic() - start:.1f} s", flush=True)
-    return max(abs(a - b) for a, b in zip([*begun, *ended], losses, strict=True))
+    return parallel.furthest_apart([*begun, *ended], losses)
 
 
 def learning_check(losses: list[float]) -> Check:

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+import shutil
 import signal
 import tempfile
 import time
@@ -33,7 +35,7 @@ from llmcore_hf.config import Config
 from llmcore_hf.durability import last_complete, mark_complete
 from llmcore_hf.systems import workers
 from llmcore_hf.systems.data_parallel import Engine, Replica, forward, make_replica, mean_over_ranks
-from llmcore_hf.systems.parallel import ModelShape, Training, largest_difference
+from llmcore_hf.systems.parallel import ModelShape, Training, largest_difference, learning_rate_problems, require_finite
 from llmcore_hf.systems.text import VOCAB_SIZE, packed_batches
 from llmcore_hf.systems.workers import WorkerFailed
 
@@ -41,6 +43,9 @@ if TYPE_CHECKING:
     from llmcore_hf.run_dir import RunDirectory
 
 ENGINE = Engine("fsdp2", "fsdp2", reshard=True)
+LOSSES = "losses.json"  # in a checkpoint: of the steps before it
+MAX_RESTARTS = 3
+READERS = (1, 4)  # numbers of ranks that read what two have saved
 
 
 @dataclass
@@ -62,6 +67,7 @@ class Args(lesson.LessonArguments):
                 batch_size=(4, "a share for each of 1, 2 or 4 processes"),
             ),
             *self.not_positive("learning_rate"),
+            *learning_rate_problems(self.learning_rate),
         ]
         if not 1 <= self.save_steps < self.max_steps:
             found.append(
@@ -95,13 +101,18 @@ class Job:
 def train(job: Job, batches: Tensor, kill_at: int | None) -> dict[str, Any]:
     """Train to the end from the newest whole checkpoint in the job's folder; from the beginning when there is none.
 
+    It ends early where the loss is no longer a finite number.
+
     Args:
         kill_at: the step in whose backward pass the last rank kills itself; None for never.
+
+    Returns:
+        `begin`, the step after which it went on; `losses` of all steps, those before the restart too; `weights`.
     """
     replica = make_replica(ENGINE, job.shape, job.training)
     checkpoint = last_complete(Path(job.folder))[0]
-    begin = load(replica, checkpoint) if checkpoint else 0
-    losses = []
+    losses = load(replica, checkpoint) if checkpoint else []
+    begin = len(losses)
     for step in range(begin, len(batches)):
         loss = forward(replica, batches[step])
         if step + 1 == kill_at and dist.get_rank() == dist.get_world_size() - 1:
@@ -109,26 +120,33 @@ def train(job: Job, batches: Tensor, kill_at: int | None) -> dict[str, Any]:
         replica.backward(loss)
         replica.step()
         losses.append(mean_over_ranks(loss))
+        if not math.isfinite(losses[-1]):
+            break
         if (step + 1) % job.save_steps == 0:
-            save(replica, Path(job.folder) / f"checkpoint-{step + 1}", step + 1)
+            save(replica, Path(job.folder) / f"checkpoint-{step + 1}", losses)
     return {"begin": begin, "losses": losses, "weights": replica.weights()}
 
 
-def save(replica: Replica, checkpoint: Path, step: int) -> None:
-    """Every rank writes its shard; the checkpoint counts when all have, and the first rank has said so."""
+def save(replica: Replica, checkpoint: Path, losses: list[float]) -> None:
+    """Every rank writes its shard; the checkpoint counts when all have, and the first rank has said so.
+
+    Args:
+        losses: of all steps so far.
+    """
     model, optimizer = get_state_dict(replica.model, replica.optimizer)
     dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=checkpoint)
     if dist.get_rank() == 0:
-        mark_complete(checkpoint, step)
+        (checkpoint / LOSSES).write_text(json.dumps(losses), encoding="utf-8")
+        mark_complete(checkpoint, len(losses))
     dist.barrier()
 
 
-def load(replica: Replica, checkpoint: Path) -> int:
-    """Each rank reads its shard, whatever number of ranks wrote the checkpoint. Returns the step it was written after."""
+def load(replica: Replica, checkpoint: Path) -> list[float]:
+    """Each rank reads its shard, whatever number of ranks wrote the checkpoint. Returns the losses of the steps before it."""
     model, optimizer = get_state_dict(replica.model, replica.optimizer)
     dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=checkpoint)
     set_state_dict(replica.model, replica.optimizer, model_state_dict=model, optim_state_dict=optimizer)
-    return int(checkpoint.name.removeprefix("checkpoint-"))
+    return json.loads((checkpoint / LOSSES).read_text(encoding="utf-8"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,6 +159,7 @@ class Attempt:
     """One run under the supervisor, to its end.
 
     Attributes:
+        killed_at: the step in which a worker was made to die; 0 for a run that was left alone.
         restarts: how often the workers were started anew.
         resumed_at: the steps at which they went on.
         seconds: from the failure that was noticed to the end.
@@ -153,24 +172,28 @@ class Attempt:
     seconds: float
 
 
-def supervise(job: Job, batches: Tensor, n_ranks: int, kill_at: int, max_restarts: int = 3) -> Attempt:
-    """Start workers until they come to the end; the first ones are killed at `kill_at`.
+def supervise(
+    job: Job, batches: Tensor, n_ranks: int, kill_at: int | None = None, max_restarts: int = MAX_RESTARTS
+) -> Attempt:
+    """Start workers until they come to the end, whatever they die of; the first ones are killed at `kill_at`.
 
     Raises:
         WorkerFailed: they were started `max_restarts` times anew and died each time.
+        Diverged: they came to the end, and the loss is not a finite number.
     """
     restarts, begun = 0, time.monotonic()
-    resumed: list[int] = []
     while True:
         try:
             [result, *_] = workers.launch(train, n_ranks, job, batches, kill_at if restarts == 0 else None)
-        except WorkerFailed:
+            break
+        except WorkerFailed as error:
+            if restarts == max_restarts:
+                raise WorkerFailed(f"given up after {restarts} restarts, the last time because {error}") from None
             restarts, begun = restarts + 1, time.monotonic()
-            if restarts > max_restarts:
-                raise
-            continue
-        resumed.append(result["begin"])
-        return Attempt(kill_at, restarts, resumed, result, time.monotonic() - begun)
+            if kill_at is None or restarts > 1:  # nobody did this on purpose
+                print(f"{error}. Starting anew from the last checkpoint ({restarts} of {max_restarts})", flush=True)
+    require_finite(result["losses"], job.training.learning_rate)
+    return Attempt(kill_at or 0, restarts, [result["begin"]], result, time.monotonic() - begun)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,14 +210,14 @@ def run(config: Config, run_dir: RunDirectory) -> None:
     steps = kill_steps(args)
     with tempfile.TemporaryDirectory(prefix="llmcore-elastic-") as folder:
         job = Job(shape, training, f"{folder}/calm", args.save_steps)
-        [calm, *_] = workers.launch(train, 2, job, batches, None)
+        calm = supervise(job, batches, 2).result
         attempts = []
         for number, step in enumerate(steps):
             disturbed = dataclasses.replace(job, folder=f"{folder}/{number}")
             attempts.append(supervise(disturbed, batches, 2, step))
             print(f"killed in step {step}, went on at {attempts[-1].resumed_at[-1]}", flush=True)
         # The last checkpoint may be the end: one that leaves something to train.
-        others = {n: go_on(job, batches, n) for n in (1, 4)}
+        others = {n: go_on(job, batches, n) for n in READERS}
     for step, loss in enumerate(calm["losses"]):
         run_dir.log({"step": step + 1, "loss": loss})
     run_dir.checks += checks(calm, attempts, others, args)
@@ -211,13 +234,10 @@ def kill_steps(args: Args) -> list[int]:
 
 def go_on(job: Job, batches: Tensor, n_ranks: int) -> dict[str, Any]:
     """Read the first checkpoint of `job`, which two ranks wrote, with `n_ranks`, and train to the end."""
-    import shutil
-
     with tempfile.TemporaryDirectory(prefix="llmcore-elastic-") as folder:
         name = f"checkpoint-{job.save_steps}"
         shutil.copytree(Path(job.folder) / name, Path(folder) / name)
-        [result, *_] = workers.launch(train, n_ranks, dataclasses.replace(job, folder=folder), batches, None)
-    return result
+        return supervise(dataclasses.replace(job, folder=folder), batches, n_ranks).result
 
 
 def checks(calm: dict[str, Any], attempts: list[Attempt], others: dict[int, dict[str, Any]], args: Args) -> list[Check]:
@@ -293,7 +313,11 @@ def draw(calm: dict[str, Any], attempts: list[Attempt], args: Args) -> bytes:
     shown = attempts[len(attempts) // 2]
     begin = shown.resumed_at[-1]
     left.plot(
-        range(begin + 1, args.max_steps + 1), shown.result["losses"], "--", color="#1f77b4", label="after the restart"
+        range(begin + 1, args.max_steps + 1),
+        shown.result["losses"][begin:],
+        "--",
+        color="#1f77b4",
+        label="after the restart",
     )
     left.axvline(shown.killed_at, color="#d62728", linestyle=":", label=f"worker killed in step {shown.killed_at}")
     for step in range(args.save_steps, args.max_steps + 1, args.save_steps):

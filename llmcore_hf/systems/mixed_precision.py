@@ -29,7 +29,7 @@ from llmcore_hf import lesson
 from llmcore_hf.checks import Check
 from llmcore_hf.config import Config
 from llmcore_hf.systems import precision
-from llmcore_hf.systems.parallel import ModelShape, Training
+from llmcore_hf.systems.parallel import ModelShape, Training, learning_rate_problems, require_finite
 from llmcore_hf.systems.precision import REFERENCE, REGIMES, Regime, Scaling, Trajectory
 from llmcore_hf.systems.text import VOCAB_SIZE, packed_batches
 
@@ -64,6 +64,7 @@ class Args(lesson.LessonArguments):
             *self.below(max_steps=4, num_hidden_layers=1, max_length=1, batch_size=1, growth_interval=1),
             *self.no_multiples(hidden_size=(8, "four attention heads of an even size")),
             *self.not_positive("learning_rate", "adam_epsilon", "init_scale"),
+            *learning_rate_problems(self.learning_rate),
         ]
 
 
@@ -165,7 +166,9 @@ def find_out(shape: ModelShape, training: Training, scaling: Scaling) -> Finding
         print(f"{regime.name}: loss {found.losses[-1]:.4f}, {1000 * found.seconds:.0f} ms a step", flush=True)
         return found
 
-    reference, trajectories = train(REFERENCE), [train(regime) for regime in REGIMES]
+    reference = train(REFERENCE)
+    require_finite(reference.losses, training.learning_rate)
+    trajectories = [train(regime) for regime in REGIMES]
     [left_out] = [t.left_out for t in trajectories if t.regime.scaled]
     start = precision.make_model(shape, training).parameters()
     n = 4096 if device.type == "cuda" else 256

@@ -68,11 +68,17 @@ def _draw_weights(axis: Axes, found: Findings) -> None:
 
 
 def _draw_lost(axis: Axes, found: Findings) -> None:
-    _draw_each(
-        axis,
-        found,
-        lambda trajectory: [None if s.lost_updates is None else 100 * s.lost_updates for s in trajectory.steps],
-    )
+    """Formats that lose next to nothing lie on each other: one grey band, which says how many they are."""
+    lost = {t.regime.name: [s.lost_updates for s in t.steps] for t in found.trajectories}
+    most = {name: max((v for v in values if v is not None), default=0.0) for name, values in lost.items()}
+    kept = [name for name in lost if most[name] < 0.01]
+    for name in lost.keys() - kept:
+        points = [(i, 100 * value) for i, value in enumerate(lost[name], start=1) if value is not None]
+        axis.plot(*zip(*points, strict=True), LINES[name][1], color=LINES[name][0], label=name)
+    if kept:
+        text = f"the other {len(kept)}, at most {100 * max(most[name] for name in kept):.1g} % in a step"
+        axis.plot([1, len(lost[kept[0]])], [0, 0], color="#7f7f7f", linewidth=6, alpha=0.4, label=text)
+    axis.legend(fontsize=9, frameon=False, loc="center left")
     axis.set_ylim(-3, 103)
     axis.set(
         xlabel="optimizer step (the learning rate falls to 0)", ylabel="% of weights that a step leaves as they are"

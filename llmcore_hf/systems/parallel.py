@@ -9,8 +9,10 @@ Sources: tensor parallel, Shoeybi et al. 2019 (arXiv:1909.08053, section 3); pip
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +32,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
+from llmcore_hf.run_dir import Diverged
 from llmcore_hf.systems.pipeline import BETWEEN_STAGES, Span, TimedStage, make_schedule, take_spans
 from llmcore_hf.systems.tracing import Activations, Collectives, local, n_bytes
 
@@ -302,6 +305,20 @@ class Worker:
         return loss
 
 
+BETA_1 = 0.9  # AdamW's default
+LARGEST_LEARNING_RATE = (1 - BETA_1) * torch.finfo(torch.float32).max
+
+
+def learning_rate_problems(learning_rate: float) -> list[str]:
+    """What is wrong with it for `make_optimizer`: at most one sentence."""
+    if learning_rate <= LARGEST_LEARNING_RATE:
+        return []
+    return [
+        f"--learning_rate {learning_rate:g}: at most {LARGEST_LEARNING_RATE:.1e} (AdamW's first step divides it by "
+        f"{1 - BETA_1:.1f}, and the result must be a float32 number)"
+    ]
+
+
 def make_optimizer(parameters: Any, training: Training) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, lr=training.learning_rate, eps=training.adam_epsilon, weight_decay=0.0)
 
@@ -360,7 +377,11 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def train_alone(shape: ModelShape, training: Training, batches: Tensor) -> dict[str, Any]:
-    """The same training as every layout's, in one process, with the model of `transformers` as it is."""
+    """The same training as every layout's, in one process, with the model of `transformers` as it is.
+
+    Raises:
+        Diverged: a loss is not a finite number.
+    """
     model = make_model(shape, training)
     optimizer = make_optimizer(model.parameters(), training)
     activations = Activations(model.parameters())
@@ -377,6 +398,7 @@ def train_alone(shape: ModelShape, training: Training, batches: Tensor) -> dict[
         losses.append(float(loss.detach()))
         seconds.append(time.monotonic() - wall)
         cpu_seconds.append(time.process_time() - cpu)
+    require_finite(losses, training.learning_rate)
     states = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
     return {
         "losses": losses,
@@ -394,11 +416,29 @@ def train_alone(shape: ModelShape, training: Training, batches: Tensor) -> dict[
 
 
 def largest_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The largest absolute difference of any element.
+    """The largest absolute difference of any element; nan when one of them is not finite.
 
     Raises:
         KeyError: a tensor is missing, or there is one too many.
     """
     if found.keys() != expected.keys():
         raise KeyError(f"tensors of one side alone: {sorted(found.keys() ^ expected.keys())}")
-    return max(float((found[name] - expected[name]).abs().max()) for name in expected)
+    # PyTorch's max keeps a nan wherever it is; Python's drops one that is not the first.
+    return float(torch.stack([(found[name] - expected[name]).abs().max() for name in expected]).max())
+
+
+def furthest_apart(found: Sequence[float], expected: Sequence[float]) -> float:
+    """The largest absolute difference of two series of losses; nan when one of them is not finite."""
+    if len(found) != len(expected):
+        raise ValueError(f"{len(found)} losses beside {len(expected)}")
+    differences = torch.tensor(found, dtype=torch.float64) - torch.tensor(expected, dtype=torch.float64)
+    return float(differences.abs().max())
+
+
+def require_finite(losses: Sequence[float], learning_rate: float) -> None:
+    """Raises:
+    Diverged: a loss is not a finite number, so that there is nothing to compare.
+    """
+    for step, loss in enumerate(losses, start=1):
+        if not math.isfinite(loss):
+            raise Diverged(f"the loss is {loss} in step {step}: lower --learning_rate ({learning_rate:g})")

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmcore_hf.run_dir import Diverged
 from llmcore_hf.systems.parallel import ModelShape, Training, loss_of, make_model, make_optimizer
 from llmcore_hf.systems.tracing import Activations, n_bytes
 
@@ -82,7 +83,7 @@ class Scaling:
 
 @dataclass
 class Step:
-    """What one optimizer step of a regime was like. None: not to be had, because a gradient was not finite."""
+    """What one optimizer step of a regime was like. None: not to be had, because a gradient was not finite, or 0."""
 
     loss: float
     gradient_error: float | None  # |g - g64| / |g64|, at the same weights and batch
@@ -207,12 +208,20 @@ def train(
 
     The weights are not stepped in the steps `left_out`, counted from 0: what loss scaling does to another training after an
     overflow.
+
+    Raises:
+        Diverged: the float64 gradient vanished, so that there is nothing to compare.
     """
     trainee = Trainee(regime, shape, training, scaling, device)
     oracle = Trainee(REFERENCE, shape, training, scaling, device)
     found = Trajectory(regime, dtypes=dtypes_of(trainee, batches[0].to(device)))
     for index, rows in enumerate(batches.to(device)):
         exact = exact_gradient(oracle, trainee, rows)
+        if norm(exact) == 0:
+            raise Diverged(
+                f"{regime.name}: all gradients are 0 in step {index + 1}, because the weights have become too large: lower "
+                f"--learning_rate ({training.learning_rate:g})"
+            )
         before = [w.detach().clone() for w in trainee.stored]
         scale = trainee.scaler.get_scale()
         start = _now(device)
@@ -286,7 +295,7 @@ def _measure(
         loss=loss,
         gradient_error=None if overflow else distance(gradient, exact) / norm(exact),
         underflow=vanished(gradient, exact),
-        lost_updates=None if overflow else lost / pushed,
+        lost_updates=None if overflow or not pushed else lost / pushed,
         overflow=overflow,
         moved=not all(bool(u.all()) for u in unmoved),
         loss_scale=scale,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import tempfile
 import threading
@@ -44,6 +45,7 @@ def launch(work: Callable[..., Any], world_size: int, *args: Any, timeout: float
 
     Raises:
         WorkerFailed: a worker died, or they took longer than `timeout`.
+        UserError: a worker did not get into the group; it would not the next time, either.
         torch.multiprocessing.ProcessRaisedException: `work` raised; the message holds the worker's traceback.
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
@@ -56,27 +58,41 @@ def launch(work: Callable[..., Any], world_size: int, *args: Any, timeout: float
             join=False,
             start_method="forkserver",
         )
-        _join(context, time.monotonic() + timeout, timeout)
+        _join(context, time.monotonic() + timeout, timeout, Path(folder))
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 
-def _join(context: torch.multiprocessing.ProcessContext, deadline: float, timeout: float) -> None:
+def _join(context: torch.multiprocessing.ProcessContext, deadline: float, timeout: float, folder: Path) -> None:
     """Wait for the workers; whatever happens, none is left behind."""
+    n = len(context.processes)
     try:
         while not context.join(timeout=1, grace_period=1):
             if time.monotonic() > deadline:
-                raise WorkerFailed(f"the {len(context.processes)} workers were stopped: no result after {timeout:g} s")
+                raise WorkerFailed(f"the {n} workers were stopped: no result after {timeout:g} s")
     except torch.multiprocessing.ProcessExitedException as error:
         raise WorkerFailed(
-            f"worker {error.error_index} of {len(context.processes)} ended before its work was done "
-            f"({error.signal_name or f'exit code {error.exit_code}'}); the others were stopped. "
-            "SIGKILL often means that the machine ran out of memory"
+            _how_it_ended(error.error_index, n, error.signal_name or f"exit code {error.exit_code}")
         ) from None
+    except torch.multiprocessing.ProcessRaisedException as error:
+        if (reason := folder / f"{error.error_index}.txt").exists():
+            raise UserError(f"worker {error.error_index} of {n} {reason.read_text(encoding='utf-8')}") from None
+        # When one is killed, another may tell of the lost connection first.
+        killed = [i for i, process in enumerate(context.processes) if process.exitcode == -signal.SIGKILL]
+        if not killed:
+            raise
+        raise WorkerFailed(_how_it_ended(killed[0], n, "SIGKILL")) from None
     finally:
         for process in context.processes:
             if process.is_alive():
                 process.kill()
             process.join()
+
+
+def _how_it_ended(rank: int, n: int, how: str) -> str:
+    return (
+        f"worker {rank} of {n} ended before its work was done ({how}); the others were stopped. "
+        "SIGKILL often means that the machine ran out of memory"
+    )
 
 
 def _worker(
@@ -97,12 +113,26 @@ def _worker(
     os.environ |= {name: str(value) for name, value in rank_of.items()}
     os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback_interface())
     limit = timedelta(seconds=timeout)
-    store = dist.TCPStore(HOST, port, is_master=False, timeout=limit)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
+    try:
+        store = dist.TCPStore(HOST, port, is_master=False, timeout=limit)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
+    except (RuntimeError, ValueError) as error:
+        (Path(folder) / f"{rank}.txt").write_text(_no_group(error), encoding="utf-8")
+        raise
     result = work(*args)
     torch.save(result, Path(folder) / f"{rank}.pt")
     dist.barrier()  # nobody leaves while another still waits for a message
     dist.destroy_process_group()
+
+
+def _no_group(error: Exception) -> str:
+    """Why a worker did not get into the group: the first line of gloo's complaint, without the place in its source code."""
+    complaint = re.sub(r"^\[enforce fail at .*?\] .*?\. ", "", str(error).splitlines()[0])
+    name = os.environ["GLOO_SOCKET_IFNAME"]
+    return (
+        f"did not get into the process group: {complaint}. Workers talk over the network interface {name} "
+        "(GLOO_SOCKET_IFNAME; without it, the loopback interface)"
+    )
 
 
 def _leave_with_parent() -> None:

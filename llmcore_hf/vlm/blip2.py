@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     import numpy as np
     from trl import SFTConfig
 
-house_defaults = training.house_defaults
+house_defaults, only_asks = training.house_defaults, training.only_asks
+IMAGES_PER_ROW = 1
 TOWER, LANGUAGE_MODEL = "vision_model", "language_model"
 GENERATES = ("qformer", "query_tokens", "language_projection")  # what learns in the second stage
 STAGE1_HEADS = ("embeddings", "vision_projection", "text_projection", "itm_head", "itg_head", "temperature")
@@ -92,7 +93,7 @@ def argument_classes() -> tuple[type, ...]:
 
 def check(config: Config) -> list[str]:
     """Impossible combinations of options, one sentence each."""
-    values, problems = config.values, training.check_options(config)
+    values, problems = config.values, training.check_options(config, IMAGES_PER_ROW)
     if values["language_model_steps"] < 0:
         problems.append(f"--language_model_steps must not be negative, not {values['language_model_steps']}")
     elif 0 < values["max_steps"] < values["stage1_steps"] + values["language_model_steps"]:
@@ -176,7 +177,7 @@ def export(model: Any, state: dict[str, torch.Tensor], cls: Any, folder: str) ->
 
 
 class Blip2(VisionLesson):
-    name, title, kinds, images_per_row, tower = "blip2", "BLIP-2", ("blip-2",), 1, TOWER
+    name, title, kinds, images_per_row, tower = "blip2", "BLIP-2", ("blip-2",), IMAGES_PER_ROW, TOWER
     default_template = QUESTION_TEMPLATE
     panels = (
         Panel(
@@ -313,7 +314,8 @@ def measure_stage1(trainer: StagedTrainer, job: VisionJob, held_out: HeldOut) ->
     """On held-out images and captions, one value each: matching pairs and hard negatives told apart (ITM), the right text
     found among all (ITC), every word of the text the likeliest one (ITG)."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    rows = [row for row in held_out.rows if is_caption(row)]
+    captions = [row for row in held_out.rows if is_caption(row)]
+    rows = captions or held_out.rows  # as `caption_rows` chooses what the stage trains on
     device = trainer.accelerator.device
     text = text_inputs(job.tokenizer, [answer_of(row) for row in rows]).to(device)
     ids, mask = text["input_ids"], text["attention_mask"]

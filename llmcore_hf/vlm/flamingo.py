@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import numpy as np
     from trl import SFTConfig
 
-house_defaults = training.house_defaults
+house_defaults, only_asks = training.house_defaults, training.only_asks
 NEW = ("resampler", "cross_attentions")  # what learns
 FROZEN = ("vision_model", "language_model")
 N_SHOT_ROWS = 120  # held-out questions for each number of examples

@@ -19,7 +19,7 @@ from llmcore_hf.data.reading import toy_dataset
 from llmcore_hf.errors import UserError
 from llmcore_hf.run_dir import RunDirectory
 from llmcore_hf.vlm import evaluation, images, pictures, training
-from llmcore_hf.vlm.data import answer_of, is_caption, load_splits, question_of
+from llmcore_hf.vlm.data import answer_of, is_caption, load_splits, question_of, with_parts
 from llmcore_hf.vlm.evaluation import HeldOut
 from llmcore_hf.vlm.training import Stage, StagedTrainer, VisionArguments, VisionJob
 from llmcore_hf.vlm.vision_cache import CachedCollator, VisionCache
@@ -76,8 +76,8 @@ class VisionLesson:
         cache = VisionCache(
             model.get_submodule(self.tower), job.processor, splits.train, trainer.args.per_device_train_batch_size
         )
-        collator: Any = trainer.data_collator
-        getattr(collator, "collator", collator).processor = cache.processor
+        collator = trainer.data_collator
+        training.set_processor(collator, cache.processor)
         trainer.train_dataset, trainer.data_collator = cache.rows, CachedCollator(collator, cache)
 
     def look(self, model: Any, job: VisionJob, rows: list[dict[str, Any]]) -> tuple[list[str], np.ndarray]:
@@ -250,6 +250,7 @@ def answer_question(config: Config, job: VisionJob, args: Any, run_dir: RunDirec
         UserError: an image cannot be read, or the model cannot be loaded.
     """
     from accelerate import Accelerator
+    from safetensors import SafetensorError
 
     options = config.part(VisionArguments)
     pictures_given = []
@@ -261,9 +262,10 @@ def answer_question(config: Config, job: VisionJob, args: Any, run_dir: RunDirec
     accelerator = Accelerator(cpu=args.use_cpu)
     try:
         model = training.load_whole(job, **(args.model_init_kwargs or {}))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"the model {job.name} cannot be loaded: {' '.join(str(error).split())}") from error
-    row = {"images": pictures_given, "prompt": [{"role": "user", "content": options.question}]}
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"the model {job.name} cannot be loaded: {reason}. Is it whole? Else fetch it again") from error
+    row = {"images": pictures_given, "prompt": [with_parts({"role": "user", "content": options.question})]}
     n_tokens = config.part(text_evaluation.GenerationArguments).max_new_tokens
     answers = evaluation.generate(model.to(accelerator.device), job.processor, [row], n_tokens, 1, accelerator)
     if distributed.is_main_process():

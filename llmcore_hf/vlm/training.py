@@ -21,12 +21,12 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, get_schedule
 
 from llmcore_hf.alignment import training
 from llmcore_hf.alignment.evaluation import evaluating
-from llmcore_hf.config import Config, plain
+from llmcore_hf.config import COMMAND_LINE, Config, plain
 from llmcore_hf.errors import UserError
 from llmcore_hf.models import loading
 from llmcore_hf.stats import paired_interval
 from llmcore_hf.vlm import evaluation, tiny
-from llmcore_hf.vlm.data import is_caption
+from llmcore_hf.vlm.data import MARK, is_caption
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,15 +78,22 @@ def house_defaults(explicit: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_options(config: Config) -> list[str]:
+def only_asks(config: Config) -> bool:
+    """Whether the run trains nothing and answers a question."""
+    return config.values["image"] is not None or config.values["question"] is not None
+
+
+def check_options(config: Config, images_per_row: int | None = None) -> list[str]:
     """Impossible combinations of options that all vision modules have; one sentence each."""
-    values = config.values
-    asks = values["image"] is not None or values["question"] is not None
+    values, asks = config.values, only_asks(config)
     problems = training.check_options(
         config, tiny.TINY_VLMS, needs_dataset=not asks, merge=None if asks else merge_into_vision_model
     )
-    if asks and not (values["image"] and values["question"]):
-        problems.append("--image and --question belong together: give both")
+    problems += _check_question(config, images_per_row) if asks else []
+    if values["max_generation_samples"] == 0:
+        problems.append(
+            "--max_generation_samples must be greater than 0: the run is judged by answers to held-out questions"
+        )
     if values["stage1_steps"] < 0 or 0 < values["max_steps"] <= values["stage1_steps"]:
         problems.append(
             f"--stage1_steps {values['stage1_steps']} must leave steps for the second stage: less than --max_steps "
@@ -98,6 +105,29 @@ def check_options(config: Config) -> list[str]:
         if values[name]:
             problems.append(f"--{name} is not available with images: leave it off")
     return problems + _check_schedule(values)
+
+
+def _check_question(config: Config, images_per_row: int | None) -> list[str]:
+    values = config.values
+    files, question = values["image"], values["question"]
+    if not files or question is None:
+        return ["--image and --question belong together: give both"]
+    problems, n_marks = [], question.count(MARK)
+    if not question.replace(MARK, "").strip():
+        problems.append("--question is empty: ask something about the image")
+    if images_per_row is not None and len(files) != images_per_row:
+        problems.append(
+            f"--image names {len(files)} images, but this model takes {images_per_row} for each question: ask about one at a "
+            "time"
+        )
+    elif n_marks not in (0, len(files)):
+        problems.append(
+            f"--question has {n_marks} times `{MARK}`, but --image names {len(files)} image(s): let each image have one, where "
+            "it stands in the text, or leave all of them out"
+        )
+    if config.sources["dataset_name"] == COMMAND_LINE and values["dataset_name"]:
+        problems.append("--image asks and trains nothing, so --dataset_name would not be read: leave one of them off")
+    return problems
 
 
 def merge_into_vision_model(adapter: str) -> str:
@@ -309,6 +339,7 @@ class StagedTrainer(Trainer):
         self.stages = [stage for stage in stages if stage.n_steps]
         self.ends = list(itertools.accumulate(stage.n_steps for stage in self.stages))
         self.at_end_of = lambda stage: None
+        set_processor(self.data_collator, self.processing_class)
         for name, parameter in self.model.named_parameters():
             if not any(stage.trains(name) for stage in self.stages):
                 parameter.requires_grad_(False)
@@ -389,6 +420,11 @@ class StagedTrainer(Trainer):
     def generation_inputs(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What of a batch the model takes to predict the answers."""
         return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def set_processor(collator: Any, processor: Any) -> None:
+    """Let TRL's collator, or the one within a module's own, make its prompts with the processor."""
+    getattr(collator, "collator", collator).processor = evaluation.PromptProcessor(processor)
 
 
 def stage_checks(prefix: str, trainer: StagedTrainer) -> list[Any]:
