@@ -154,8 +154,9 @@ def test_the_figure_says_when_budgets_were_not_equal(monkeypatch, equal: bool) -
     block = summary["comparison"] | {"equal_budget": equal}
     if not equal:
         block["table"] |= {"training_rows": UNEQUAL}
+    history = [{"step": 1, "eval_vqa_accuracy": 0.5, "eval_vqa_accuracy_blind": 0.2}]
     contestants = [
-        SimpleNamespace(name=name, title=registry.get(name).load().LESSON.title, history=[], rows_per_step=64)
+        SimpleNamespace(name=name, title=registry.get(name).load().LESSON.title, history=history, rows_per_step=64)
         for name in MODULES
     ]
     monkeypatch.setattr(pictures, "png", lambda figure: figure)

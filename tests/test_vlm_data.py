@@ -288,6 +288,13 @@ def test_rows_that_share_an_image_with_one_of_several_stay_together(tmp_path: Pa
         assert widths(splits.test) in ({8, 9, 10}, {11, 12, 13}) and not widths(splits.train) & widths(splits.test)
 
 
+@pytest.mark.parametrize("source", ["nowhere.png", "x" * 5000, "a\0b", "pictures", {"path": None, "bytes": None}, 7])
+def test_what_is_no_file_has_no_content(tmp_path: Path, monkeypatch, source) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    assert images.content_key(source) is None
+
+
 def test_questions_about_one_image_alone_cannot_be_split(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"with 1 different prompt\(s\) about images of their own"):
         load(write(tmp_path, several_questions(1)))

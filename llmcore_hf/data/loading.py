@@ -127,7 +127,8 @@ def load(
 
     With `chooses_best` (`--load_best_model_at_end`) validation rows are never the test rows: what was chosen on them
     could not be reported on them. Problems are written to `bad_rows_file`, one JSON object per line. `row_check` finds what
-    only the module knows to be wrong with a converted row, `row_links` what else than its prompt must not be held out.
+    only the module knows to be wrong with a converted row; `row_links` what ties it to others besides its prompt, such as its
+    images: rows that are tied are held out together, or not at all.
 
     Raises:
         UserError: it cannot be read, or has another format than the task needs.

@@ -124,12 +124,14 @@ def _check_size(size: tuple[int, int], name: str) -> None:
 
 
 def content_key(source: Any) -> bytes | None:
-    """A hash of an image's file, wherever it lies and whatever its name; None when there is no such file.
+    """A hash of an image's file, wherever it lies and whatever its name; None when it cannot be read, which `read` tells.
 
     Takes what a dataset holds: a path, or `{"path": ..., "bytes": ...}`.
     """
     content = source.get("bytes") or source.get("path") if isinstance(source, dict) else source
     if isinstance(content, str):
-        file = Path(content).expanduser()
-        content = file.read_bytes() if file.is_file() else None
-    return hashlib.blake2b(content, digest_size=16).digest() if content else None
+        try:
+            content = Path(content).expanduser().read_bytes()
+        except (OSError, ValueError):
+            return None
+    return hashlib.blake2b(content, digest_size=16).digest() if isinstance(content, bytes) and content else None
