@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 TRAIN, HELD_OUT, REJECTED = "#1f77b4", "#d62728", "#7f7f7f"
+SHARE = (-0.03, 1.03)  # limits of an axis of shares
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Panel:
     lines: tuple[Line, ...]
     level: float | None = None  # a horizontal line worth knowing
     level_label: str = ""
+    limits: tuple[float, float] | None = None  # of the values' axis; as the values lie when there are none
 
 
 def draw(
@@ -54,8 +56,10 @@ def draw(
         draw_on(axis)
     if bars:
         _draw_bars(flat[count - 1], bars)
-    for axis in flat[count:]:
-        axis.set_visible(False)
+    for axis in flat[count:]:  # no empty cell: what is drawn last takes the rest of its row
+        axis.remove()
+    if count:
+        flat[count - 1].set_subplotspec(flat[0].get_gridspec()[rows - 1, (count - 1) % columns :])
     return png(figure)
 
 
@@ -91,6 +95,8 @@ def _draw_panel(axis: Any, panel: Panel, history: list[dict[str, Any]]) -> None:
             axis.plot(steps, values, label=line.label, color=line.color, linewidth=1.6, **style)
     if panel.level is not None:
         axis.axhline(panel.level, color="black", linewidth=0.8, linestyle=":", label=panel.level_label)
+    if panel.limits is not None:
+        axis.set_ylim(*panel.limits)
     axis.set_title(panel.title, fontsize=11)
     axis.set_xlabel("optimizer step")
     axis.grid(alpha=0.25)

@@ -27,6 +27,12 @@ usage: {prog} data inspect FILE [options]
 FILE is what --dataset_name takes: a file, a folder, a hub id, a toy dataset. Exit code 1 when there are problems.
 
 """
+VISION_MODULES = ["llava", "blip2", "flamingo"]
+DECODED = (
+    "each was decoded, and counted against the places in its row; tokens are not shown: they are made by the processor of a "
+    "vision model"
+)
+NOT_LOOKED_AT = "not looked at: no module of this version trains on such rows with images"
 N_MEASURED = 1000  # rows whose lengths are measured, spread evenly over the dataset
 
 
@@ -103,6 +109,7 @@ def inspect(name: str, args: InspectArguments) -> int:
     from llmcore_hf.data import auditing, preparing
     from llmcore_hf.data.loading import DataArguments, column_mapping, find_problems, open_for_training
     from llmcore_hf.data.problems import Report
+    from llmcore_hf.data.reading import IMAGE_COLUMNS
 
     try:
         column_mapping(args.columns)
@@ -120,20 +127,34 @@ def inspect(name: str, args: InspectArguments) -> int:
         split: auditing.Split(split, preparing.prepare(source, opened.format, opened.columns, args.dataset_num_proc))
         for split, source in opened.sources.items()
     }
-    job = training.load_job(args.model_name_or_path)
-    module = _module_for(opened, args.module)
+    has_images = bool(set(IMAGE_COLUMNS) & set(splits[args.dataset_train_split].rows.column_names))
+    looks = has_images and opened.format.task == "sft"
+    module = None if looks and args.module in VISION_MODULES else _module_for(opened, args.module)
+    module = None if has_images else module  # whose tokenizer makes nothing of images
+    job = training.load_job(args.model_name_or_path) if module else None
     limit = module.load().prompt_limit_of(job, args.max_length) if module else None
     report = Report()
-    report.add(find_problems(splits, args.dataset_train_split, name, limit))
+    row_check = _image_check(name, args.module) if looks else None
+    report.add(find_problems(splits, args.dataset_train_split, name, limit, row_check=row_check))
 
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
-    _print_facts(console, opened, splits)
+    _print_facts(console, opened, splits, VISION_MODULES if looks else [] if has_images else None)
+    if has_images:
+        console.print(f"images    {DECODED if looks else NOT_LOOKED_AT}", markup=False)
     try:
-        if module:
+        if module and job:
             _print_rows(console, splits[args.dataset_train_split], module, job, args)
     finally:  # also when the template refuses a row: the problems may be the reason
-        print(f"\n{report.describe(name) if report.total else 'No problems found.'}")
+        fine = "No problems found in the text." if has_images and not looks else "No problems found."
+        print(f"\n{report.describe(name) if report.total else fine}")
     return 1 if report.total else 0
+
+
+def _image_check(name: str, module: str | None) -> Any:
+    """What finds problems of images: for one of the vision modules, with the number of images that it takes."""
+    from llmcore_hf.vlm.data import row_check_of
+
+    return row_check_of(name, registry.get(module).load().LESSON.images_per_row if module in VISION_MODULES else None)
 
 
 def _module_for(opened: Opened, name: str | None) -> Module | None:
@@ -150,12 +171,14 @@ def _module_for(opened: Opened, name: str | None) -> Module | None:
     return module
 
 
-def _print_facts(console: Any, opened: Opened, splits: dict[str, Split]) -> None:
+def _print_facts(console: Any, opened: Opened, splits: dict[str, Split], suited: list[str] | None) -> None:
+    """What the dataset is; `suited` names the modules that train on it, unless its format alone says so."""
     from llmcore_hf.data import formats
 
     fmt, columns = opened.format, next(iter(opened.sources.values())).columns
     outputs = ", ".join(f"{name} ({kind})" for name, kind in fmt.outputs.items())
-    suited = [module.name for module in registry.MODULES if module.trains_on == fmt.task]
+    if suited is None:
+        suited = [module.name for module in registry.MODULES if module.trains_on == fmt.task]
     counts = ", ".join(
         f"{name} {len(split.good)} ({int(split.good.sum())} without problems)" for name, split in splits.items()
     )

@@ -17,8 +17,9 @@ class Module:
     The code behind `code` offers four functions: `argument_classes()` gives the dataclasses of its options,
     `house_defaults(explicit)` the defaults that depend on the machine, `check(config)` names impossible combinations,
     and `run(config, run_dir)` does the work. One that trains on datasets also offers `as_trained(job, rows, max_length)`,
-    what its trainer makes of rows, and `prompt_limit_of(job, max_length)`, for `data inspect`. Without `code` the module
-    is a lesson in a single file, `recipes/<name>/<name>.py` (`lesson`).
+    what its trainer makes of rows, and `prompt_limit_of(job, max_length)`, for `data inspect`; one that also answers questions
+    without training, `only_asks(config)`. Without `code` the module is a lesson in a single file, `recipes/<name>/<name>.py`
+    (`lesson`).
     """
 
     name: str
@@ -37,6 +38,11 @@ class Module:
         from llmcore_hf import lesson
 
         return lesson.load(self.name)
+
+    def only_asks(self, config: Any) -> bool:
+        """Whether a run with these options trains nothing and only asks a model."""
+        asks = getattr(self.load(), "only_asks", None)
+        return asks is not None and bool(asks(config))
 
 
 MODULES = (

@@ -28,12 +28,13 @@ from typing import Any
 
 from llmcore_hf import distributed, environment, resources, resume
 from llmcore_hf.checks import Check
-from llmcore_hf.config import Config, plain
+from llmcore_hf.config import NOT_REPEATED, Config, plain
 from llmcore_hf.durability import Interrupted, StopRequest, last_complete, storage_trouble, write_atomically
 from llmcore_hf.errors import ConfigError, UserError
 from llmcore_hf.registry import Module
 
 SCHEMA_VERSION = 1
+LATEST, ASKED = "latest", "asked"  # beside the runs of a module: a link to the newest, and the runs that only ask
 UNFINISHED = "The run has not come to its end: it is still going on, or it was killed."
 # Bookkeeping in the log history that is no metric of the method.
 NOT_METRICS = (
@@ -193,6 +194,7 @@ def execute(module: Module, config: Config, argv: list[str]) -> int:
         ConfigError: the output directory cannot be used. Everything later is caught and told in the summary.
     """
     distributed.check_world_size()
+    follow_latest(config, distributed.broadcast(linked_values(config.values)))
     path = distributed.broadcast(_prepare_in_main(module, config))
     if isinstance(path, ConfigError):
         raise path
@@ -297,8 +299,41 @@ def _prepare_in_main(module: Module, config: Config) -> Path | ConfigError | Non
         return error
 
 
+def linked_values(values: dict[str, Any]) -> dict[str, Any]:
+    """The options that name something through a `latest` link, with the run that it points to now in its place.
+
+    The link is about to point to the run that begins, which would then look for a model in its own empty directory; and a
+    `resolved_config.yaml` that said `latest` would repeat another run.
+    """
+    inputs = {name: value for name, value in values.items() if name not in NOT_REPEATED}
+    return {name: real for name, value in inputs.items() if (real := _without_latest(value)) != value}
+
+
+def _without_latest(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_latest(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_latest(item) for item in value]
+    if not isinstance(value, str) or LATEST not in Path(value).parts:
+        return value
+    path = Path(value).expanduser()
+    links = [place for place in (path, *path.parents) if place.name == LATEST and os.path.islink(place)]
+    if not links or not os.path.exists(path):
+        return value
+    real, here = path.resolve(), Path.cwd().resolve()
+    return str(real.relative_to(here) if real.is_relative_to(here) else real)
+
+
+def follow_latest(config: Config, found: dict[str, Any]) -> None:
+    """Put what `linked_values` found into the options."""
+    config.values |= found
+    for part in config.parts:
+        for name in found.keys() & vars(part).keys():
+            setattr(part, name, found[name])
+
+
 def prepare_directory(module: Module, config: Config) -> Path:
-    """Make the run's directory, empty unless the run resumes.
+    """Make the run's directory, empty unless the run resumes. A run that only asks a model leaves `latest` to training runs.
 
     Raises:
         ConfigError: `--output_dir` is in use, or cannot be written.
@@ -312,13 +347,16 @@ def prepare_directory(module: Module, config: Config) -> Path:
             _keep_inputs(path, config)
             _clear_for_use(path, overwrite=config.values["overwrite_output_dir"], resuming=bool(resuming))
         elif resuming and resuming.lower() in resume.LAST:
-            path = (root / "latest").resolve()
+            path = (root / LATEST).resolve()
         elif resuming:
             path = Path(resuming).expanduser().resolve().parent
         else:
-            path = root / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+            asks = module.only_asks(config)
+            parent = root / ASKED if asks else root
+            path = parent / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
             path.mkdir(parents=True)
-            _point_latest_to(path)
+            if not asks:
+                _point_latest_to(path)
         if resuming:
             resume.check(path, resuming, module, config)
     except OSError as error:
@@ -362,7 +400,7 @@ def _point_latest_to(path: Path) -> None:
     """Let `latest` beside the run directory point to it, replacing the former link in one step."""
     scratch = path.parent / f".latest-{path.name}"
     scratch.symlink_to(path.name)
-    os.replace(scratch, path.parent / "latest")
+    os.replace(scratch, path.parent / LATEST)
 
 
 def _read_row(line: str, file: Path, number: int, n_lines: int) -> dict[str, Any] | None:

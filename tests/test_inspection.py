@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 from data_files import FORMATS, GOOD, assistant, good_rows, user, write_jsonl
+from PIL import Image
 
 from llmcore_hf import cli, inspection
 from llmcore_hf.alignment import dpo, sft, training
@@ -227,3 +228,30 @@ def test_problems_are_told_also_when_the_template_refuses_a_row(tmp_path: Path, 
     assert code == 1
     assert "1 problem in" in out and "must end with a turn" in out
     assert "cannot write these rows" in err and "Traceback" not in err
+
+
+def test_images_are_decoded_and_counted(tmp_path: Path, inspect: Any) -> None:
+    for i in range(4):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    rows = [{"image": f"{i}.png", "messages": [user("What is it?"), assistant(f"thing {i}")]} for i in range(4)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    code, out, _ = inspect(path)
+    assert code == 0 and "No problems found.\n" in out
+    assert "for       --module llava or blip2 or flamingo" in out and "images    each was decoded" in out
+    assert inspect(path, "--module", "blip2", "--model_name_or_path", "tiny-blip2")[0] == 0
+    two = write_jsonl(tmp_path / "two.jsonl", [{**rows[0], "image": None, "images": ["0.png", "1.png"]}, *rows[1:]])
+    assert inspect(two)[0] == inspect(two, "--module", "llava")[0] == 0
+    code, out, _ = inspect(two, "--module", "blip2")
+    assert code == 1 and "holds 2 images, but this model takes 1" in out
+    (tmp_path / "1.png").write_text("no image")
+    rows[2]["messages"] = [user("<image> or <image>?"), assistant("a")]
+    code, out, _ = inspect(write_jsonl(path, rows))
+    assert code == 1 and "train 4 (2 without problems)" in out and "No problems" not in out
+    assert "line 2: `image`" in out and "is not an image" in out and "line 3: `the turns` name 2 images" in out
+
+
+def test_images_that_nothing_looks_at_are_not_called_fine(tmp_path: Path, inspect: Any) -> None:
+    rows = [{"image": "nowhere.png", "prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(3)]
+    code, out, _ = inspect(write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert code == 0 and "images    not looked at" in out and "No problems found in the text." in out
+    assert "for       no module of this version" in out

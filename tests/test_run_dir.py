@@ -41,6 +41,9 @@ class FakeArguments:
     output_dir: str | None = None
     resume_from_checkpoint: str | None = None
     hub_token: str | None = None
+    model: str | None = None
+    rewards: list[str] | None = None
+    asks: bool = False
 
 
 Work = Callable[[Config, RunDirectory], None]
@@ -80,6 +83,7 @@ def lesson(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Lesson]:
     code.argument_classes = lambda: (RunArguments, FakeArguments)  # type: ignore[attr-defined]
     code.house_defaults = lambda explicit: {}  # type: ignore[attr-defined]
     code.check = lambda config: []  # type: ignore[attr-defined]
+    code.only_asks = lambda config: config.values["asks"]  # type: ignore[attr-defined]
     code.run = lambda config, run: fake.work(config, run)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fake_lesson", code)
     monkeypatch.setattr(registry, "MODULES", (fake.module,))
@@ -262,6 +266,33 @@ def test_the_run_works_in_its_own_directory(lesson: Lesson) -> None:
     seen: list[str] = []
     lesson.execute(lambda config, run: seen.extend([config.part(FakeArguments).output_dir, str(run.path)]))
     assert seen[0] == seen[1] and Path(seen[0]).resolve() == lesson.latest.resolve()
+
+
+def test_a_run_that_begins_with_the_latest_one_reads_that_one_and_not_itself(lesson: Lesson) -> None:
+    lesson.execute(lambda config, run: run.write("weights", "trained"))
+    first = lesson.latest.resolve().name
+    seen: list[Any] = []
+
+    def work(config: Config, run: RunDirectory) -> None:
+        part = config.part(FakeArguments)
+        seen.extend([part.model, part.rewards, (Path(str(part.model)) / "weights").read_text()])
+
+    assert (
+        lesson.execute(work, "--model", "output/fake/latest", "--rewards", "latest", "output/fake/latest/weights") == 0
+    )
+    assert seen == [f"output/fake/{first}", ["latest", f"output/fake/{first}/weights"], "trained"]
+    resolved = yaml.safe_load((lesson.latest / "resolved_config.yaml").read_text())
+    assert resolved["model"] == f"output/fake/{first}" and lesson.latest.resolve().name != first
+
+
+def test_a_run_that_only_asks_leaves_latest_to_the_training_run(lesson: Lesson) -> None:
+    lesson.execute()
+    trained = lesson.latest.resolve()
+    assert lesson.execute(None, "--asks", "true") == 0
+    assert lesson.latest.resolve() == trained
+    asked = list(Path("output/fake/asked").glob("*/summary.json"))
+    assert len(asked) == 1 and read_summary(asked[0].parent)["status"] == "ok"
+    assert len(list(Path("output/fake").glob("*/summary.json"))) == 2, "the run, and `latest`"
 
 
 def test_a_module_that_fills_a_block_wrongly_does_not_end_as_ok(lesson: Lesson) -> None:
@@ -725,6 +756,22 @@ def test_another_process_writes_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     assert run.history == [{"step": 1, "loss": 1.0}]
 
 
+def heard(links: dict[str, Any], path: Any) -> Callable[[Any], Any]:
+    """What another process hears: first which options led through `latest`, then where the run is."""
+    return lambda value: links if isinstance(value, dict) else path
+
+
+def test_another_process_begins_with_the_model_that_the_main_one_found(
+    lesson: Lesson, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("main").mkdir()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(distributed, "broadcast", heard({"model": "output/fake/first"}, Path("main")))
+    seen: list[Any] = []
+    lesson.execute(lambda config, run: seen.append(config.part(FakeArguments).model), "--model", "output/fake/latest")
+    assert seen == ["output/fake/first"]
+
+
 @pytest.mark.parametrize("error", [None, UserError("x"), Diverged("x"), KeyboardInterrupt()])
 def test_another_process_works_in_the_main_ones_directory_and_is_silent(
     lesson: Lesson, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], error: BaseException | None
@@ -732,7 +779,7 @@ def test_another_process_works_in_the_main_ones_directory_and_is_silent(
     Path("main").mkdir()
     monkeypatch.setenv("RANK", "1")
     sent: list[Any] = []
-    monkeypatch.setattr(distributed, "broadcast", lambda value: sent.append(value) or Path("main"))
+    monkeypatch.setattr(distributed, "broadcast", lambda value: sent.append(value) or heard({}, Path("main"))(value))
     seen: list[Path] = []
 
     def work(config: Config, run: RunDirectory) -> None:
@@ -742,7 +789,7 @@ def test_another_process_works_in_the_main_ones_directory_and_is_silent(
             raise error
 
     lesson.execute(work)
-    assert sent == [None] and seen == [Path("main")]
+    assert sent == [{}, None] and seen == [Path("main")]
     assert not list(Path("main").iterdir()) and not Path("output").exists()
     assert capfd.readouterr() == ("", "")
 
@@ -750,7 +797,7 @@ def test_another_process_works_in_the_main_ones_directory_and_is_silent(
 def test_the_exit_code_is_the_same_in_every_process(lesson: Lesson, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("main").mkdir()
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(distributed, "broadcast", lambda value: Path("main"))
+    monkeypatch.setattr(distributed, "broadcast", heard({}, Path("main")))
     assert lesson.execute(adds(check("invariant", False))) == 1
     assert lesson.execute(raises(UserError("x"))) == 1
     assert lesson.execute(raises(KeyboardInterrupt())) == 130
@@ -762,7 +809,7 @@ def test_an_unexpected_error_in_another_process_is_not_lost(
     """The main process cannot know it, so its traceback goes to stderr."""
     Path("main").mkdir()
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(distributed, "broadcast", lambda value: Path("main"))
+    monkeypatch.setattr(distributed, "broadcast", heard({}, Path("main")))
     assert lesson.execute(raises(ZeroDivisionError("by zero"))) == 1
     assert "ZeroDivisionError: by zero" in capsys.readouterr().err
 
@@ -771,7 +818,7 @@ def test_a_directory_the_main_process_refuses_stops_every_process(
     lesson: Lesson, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(distributed, "broadcast", lambda value: ConfigError(["--output_dir is not empty"]))
+    monkeypatch.setattr(distributed, "broadcast", heard({}, ConfigError(["--output_dir is not empty"])))
     with pytest.raises(ConfigError, match="not empty"):
         lesson.execute()
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch.nn.functional import cross_entropy
 from transformers import AutoProcessor, Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval
 
@@ -18,8 +20,9 @@ from llmcore_hf.vlm.blip2_model import (
     hard_negatives,
     multimodal_causal_mask,
 )
+from llmcore_hf.vlm.evaluation import HeldOut
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.usefixtures("one_thread")
 N_TEXT = 4  # captions, of different length in tokens after padding
 
 
@@ -184,6 +187,106 @@ def test_the_loss_of_generation_word_by_word(model: Blip2ForTwoStages, batch: di
             n += 1
     loss = model.generation_loss(batch["images"], batch["ids"], mask, batch["dec_id"])
     assert loss.item() == pytest.approx(total / n, rel=1e-4)
+
+
+MATCHES, DIFFERS = torch.tensor([-9.0, 9.0]), torch.tensor([9.0, -9.0])  # logits of ITM
+
+
+def numbers_in(rows: torch.Tensor, among: torch.Tensor) -> list[int]:
+    """Which of the rows of `among` each row is."""
+    return [next(i for i, other in enumerate(among) if torch.equal(row, other)) for row in rows]
+
+
+@pytest.fixture
+def different(model: Blip2ForTwoStages, batch: dict) -> dict[str, Any]:
+    """The batch with texts that all differ, and images that do."""
+    ids = batch["ids"].clone()
+    ids[:, 1] = torch.arange(N_TEXT) + 40
+    assert len(set(map(tuple, ids.tolist()))) == N_TEXT
+    return {**batch, "ids": ids}
+
+
+def match_by(verdict: Any, batch: dict, seen: list) -> Any:
+    """A matching head that notes its pairs, (number of the image, number of the text), and says what `verdict` does."""
+
+    def match(images: torch.Tensor, text_ids: torch.Tensor, text_mask: torch.Tensor) -> torch.Tensor:
+        pairs = list(zip(numbers_in(images, batch["images"]), numbers_in(text_ids, batch["ids"]), strict=True))
+        seen.append(pairs)
+        return torch.stack([MATCHES if verdict(*pair) else DIFFERS for pair in pairs])
+
+    return match
+
+
+def stage1_of(model: Blip2ForTwoStages, batch: dict) -> Any:
+    torch.manual_seed(0)
+    return model(batch["pixels"], text_ids=batch["ids"], text_mask=batch["mask"], dec_id=batch["dec_id"])
+
+
+@torch.no_grad()
+def test_matching_is_trained_on_each_pair_and_its_hardest_wrong_ones(monkeypatch, model, different: dict) -> None:
+    """The similar pairs here are image i and text i + 1: they are the negatives, in both directions."""
+    successor = torch.eye(N_TEXT).roll(1, dims=1)
+    monkeypatch.setattr(model, "similarity", lambda queries, texts: 3 * torch.eye(N_TEXT) + 2 * successor)
+    seen: list[list[tuple[int, int]]] = []
+    monkeypatch.setattr(model, "match", match_by(lambda image, text: image == text, different, seen))
+    output = stage1_of(model, different)
+    numbers = range(N_TEXT)
+    right = [(i, i) for i in numbers]
+    wrong_text = [(i, (i + 1) % N_TEXT) for i in numbers]
+    wrong_image = [((i - 1) % N_TEXT, i) for i in numbers]
+    assert seen == [right + wrong_text + wrong_image]
+    assert output.itm < 1e-6 and output.itm_accuracy == 1, "the head that tells them right has no loss"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("verdict", "accuracy"),
+    [(lambda i, t: i != t, 0.0), (lambda i, t: True, 0.5), (lambda i, t: False, 0.5)],
+    ids=["the other way round", "always yes", "always no"],
+)
+def test_matching_wrongly_is_a_loss_and_guessing_half_right(monkeypatch, model, different, verdict, accuracy) -> None:
+    monkeypatch.setattr(model, "match", match_by(verdict, different, []))
+    output = stage1_of(model, different)
+    assert output.itm > 5 and output.itm_accuracy == accuracy
+
+
+MATCHERS = {
+    "knows": (lambda image, text: image == text, 1.0),
+    "always yes": (lambda image, text: True, 0.5),
+    "always no": (lambda image, text: False, 0.5),
+    "the other way round": (lambda image, text: image != text, 0.0),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("matcher", MATCHERS)
+def test_measured_matching_is_half_on_pairs_that_do_not_match(monkeypatch, model, path: Path, matcher: str) -> None:
+    verdict, accuracy = MATCHERS[matcher]
+    processor = AutoProcessor.from_pretrained(path)
+    rows = [
+        {
+            "images": [image],
+            "prompt": [{"role": "user", "content": shapes.DESCRIBE}],
+            "completion": [{"role": "assistant", "content": shapes.caption(triple)}],
+        }
+        for image, triple in shapes.pictures("test", 8)
+    ]
+    pixels = processor.image_processor([row["images"][0] for row in rows], return_tensors="pt")["pixel_values"]
+    texts = blip2.text_inputs(processor.tokenizer, [row["completion"][0]["content"] for row in rows])
+    known = {"images": model.vision_model(pixels).last_hidden_state, "ids": texts["input_ids"]}
+    monkeypatch.setattr(model, "match", match_by(verdict, known, []))
+    trainer = SimpleNamespace(accelerator=Accelerator(cpu=True), model=model)
+    job = SimpleNamespace(tokenizer=processor.tokenizer, processor=processor)
+    measured = blip2.measure_stage1(trainer, job, HeldOut(rows, [], 4, 8))["stage1/itm_accuracy"]
+    assert len(measured) == 2 * len(rows) and sum(measured) / len(measured) == accuracy
+
+
+@pytest.mark.parametrize(("accuracy", "passed"), [(0.5, False), (0.56, False), (0.6, True), (0.2, False)])
+def test_matching_no_better_than_chance_does_not_pass(accuracy: float, passed: bool) -> None:
+    """200 guesses: the 95 % half-width is .069."""
+    block = {"after": {"stage1/itm_accuracy": accuracy}, "n": {"stage1/itm_accuracy": 200}}
+    (check,) = blip2.LESSON.end_checks(block, {})
+    assert check.id == "blip2.itm_above_chance" and check.passed is passed
 
 
 def test_the_first_stage_reaches_what_it_trains_and_nothing_else(path: Path, batch: dict) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from llmcore_hf.data import shapes
 from llmcore_hf.errors import UserError
+from llmcore_hf.vlm import tiny
 from llmcore_hf.vlm.vision_cache import CachedCollator, VisionCache
 
 
@@ -91,6 +93,26 @@ def test_other_images_are_computed_as_ever(rows: Dataset) -> None:
     assert tower.sizes == [2, 2, 2, 2, 2], "filled with five images, then the two, and the two again"
 
 
+@pytest.mark.parametrize("kind", ["palette", "transparency"])
+def test_images_that_differ_in_what_is_seen_alone_are_told_apart(tmp_path: Path, kind: str) -> None:
+    """The same numbers of colors in every pixel; the colors themselves stand in the palette, or are seen through."""
+    import numpy as np
+    from PIL import Image as PillowImage
+
+    for i, color in enumerate(((255, 0, 0), (0, 0, 255))):
+        image = PillowImage.new("P", (32, 32), 0)
+        image.putpalette([*(color if kind == "palette" else (255, 0, 0)), *[0] * 765])
+        image.save(tmp_path / f"{i}.png", **({"transparency": 0} if kind == "transparency" and i else {}))
+    features = Features({"images": List(Image())})
+    rows = Dataset.from_list([{"images": [str(tmp_path / f"{i}.png")]} for i in range(2)], features)
+    processor = tiny.image_processor("clip")
+    cache = VisionCache(Tower(), SimpleNamespace(image_processor=processor), rows, batch_size=2)
+    decoded = [row["images"][0] for row in rows]
+    pixels = cache.processor.image_processor(decoded, return_tensors="pt")["pixel_values"]
+    assert np.array_equal(np.asarray(decoded[0]), np.asarray(decoded[1])), "what a hash of the pixels alone would see"
+    assert torch.equal(pixels, processor(decoded, return_tensors="pt")["pixel_values"]) and not torch.equal(*pixels)
+
+
 def test_a_tower_that_differs_from_step_to_step_is_refused(rows: Dataset) -> None:
     with pytest.raises(UserError, match="the vision tower has dropout"):
         cache_of(rows, torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.1)))
@@ -102,3 +124,18 @@ def test_what_is_saved_stays_as_it_was(rows: Dataset) -> None:
     cache, processor = cache_of(rows, tower)
     assert set(tower.state_dict()) == before
     assert cache.processor.image_processor is not processor and cache.processor.image_processor.n_images == 5
+
+
+def test_images_that_differ_in_their_last_pixel_are_not_taken_for_each_other(pictures: list[Any]) -> None:
+    """Most pictures begin alike: with a white corner, or a black edge."""
+    other = pictures[0].copy()
+    last = other.size[0] - 1, other.size[1] - 1
+    other.putpixel(last, tuple(255 - value for value in other.getpixel(last)))
+    features = Features({"images": List(Image())})
+    tower = Tower()
+    cache, _ = cache_of(Dataset.from_list([{"images": [pictures[0]]}, {"images": [other]}], features), tower)
+    pixels = cache.processor.image_processor([pictures[0], other], return_tensors="pt")["pixel_values"]
+    assert torch.equal(pixels, ImageProcessor()([pictures[0], other])["pixel_values"])
+    output = tower(pixels).last_hidden_state
+    assert len(cache.outputs) == 2 and torch.allclose(output, Tower.forward(tower, pixels).last_hidden_state)
+    assert not torch.allclose(output[0, -1], output[1, -1])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import learning_runs
 import pytest
 import torch
 from test_toy_runs import run_here
@@ -13,6 +16,7 @@ from test_toy_runs import run_here
 from llmcore_hf import cli, registry
 from llmcore_hf.config import Config
 from llmcore_hf.data import shapes
+from llmcore_hf.learning import brief, evidence
 from llmcore_hf.run_dir import validate_summary
 from llmcore_hf.vlm import compare, costs, tiny
 from llmcore_hf.vlm.compare import MODULES, PARTS, Contestant
@@ -52,7 +56,6 @@ def models() -> dict[str, tuple[Any, Any, Any]]:
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MODULES)
 def test_operations_are_those_of_the_formula(models, name: str) -> None:
     """Linear layers: 2 per weight and position; attention of the language model: 4 T T D per layer."""
@@ -75,7 +78,6 @@ def test_operations_are_those_of_the_formula(models, name: str) -> None:
         assert flops[CONNECTOR] == 2 * tiny.N_PATCHES * linear[CONNECTOR]
 
 
-@pytest.mark.slow
 def test_tokens_of_an_image_and_what_they_take_in_the_cache(models) -> None:
     batch = questions(1)
     inputs = {name: encode_prompts(models[name][2], batch) for name in MODULES}
@@ -89,7 +91,6 @@ def test_tokens_of_an_image_and_what_they_take_in_the_cache(models) -> None:
     assert costs.cache_bytes(models["llava"][0], lengths["llava"]) == real
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MODULES)
 def test_trained_is_what_has_changed_and_activations_are_kept_for_that_alone(models, name: str) -> None:
     model, start, processor = models[name]
@@ -109,6 +110,58 @@ def test_trained_is_what_has_changed_and_activations_are_kept_for_that_alone(mod
     assert twice == pytest.approx(8 * counted.activation_bytes, rel=0.1)
     with torch.no_grad():
         parameter.copy_(start.get_parameter(changed))
+
+
+# ---------------------------------------------------------------- what is said of budgets
+
+
+UNEQUAL = {"llava": 20480, "blip2": 30080, "flamingo": 25600}  # of the three toys
+
+
+def compared_toys(root: Path) -> Path:
+    """The recorded comparison as it would be of the runs that the three toys leave."""
+
+    def change(summary: dict[str, Any]) -> None:
+        summary["comparison"] |= {"source": compare.FOUND, "equal_budget": False}
+        summary["comparison"]["table"]["training_rows"] = UNEQUAL
+        for check in summary["checks"]:
+            if check["id"] == "vlm.equal_budget":
+                check |= {"status": "skip", "observed": UNEQUAL}
+
+    return learning_runs.place("vlm", root, change)
+
+
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_the_brief_of_runs_with_budgets_of_their_own_says_so(tmp_path: Path, language: str) -> None:
+    source = brief.require("vlm", language)
+    equal = brief.markdown(source, learning_runs.recorded("vlm"), language)
+    unequal = brief.markdown(source, evidence.read(compared_toys(tmp_path), "vlm"), language)
+    false_now = {"zh": ("各训 ", "预算相同，"), "en": ("With equal budgets,", "training rows each")}
+    for words in false_now[language]:
+        assert words in equal and words not in unequal, words
+    numbers = set(re.findall(r"[0-9][0-9,]*", unequal))
+    assert {f"{n:,}" for n in UNEQUAL.values()} <= numbers or set(map(str, UNEQUAL.values())) <= numbers
+    assert {"zh": "准确率不能互相比。", "en": "accuracies don't compare."}[language] in unequal
+    for words in {"zh": ("这里预算相等", "每个只训了"), "en": ("here budgets are equal", "Each had")}[language]:
+        assert words not in equal + unequal
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_the_figure_says_when_budgets_were_not_equal(monkeypatch, equal: bool) -> None:
+    from llmcore_hf.vlm import pictures
+
+    summary = json.loads((learning_runs.RUNS / "vlm" / "summary.json").read_text(encoding="utf-8"))
+    block = summary["comparison"] | {"equal_budget": equal}
+    if not equal:
+        block["table"] |= {"training_rows": UNEQUAL}
+    contestants = [
+        SimpleNamespace(name=name, title=registry.get(name).load().LESSON.title, history=[], rows_per_step=64)
+        for name in MODULES
+    ]
+    monkeypatch.setattr(pictures, "png", lambda figure: figure)
+    title = compare.draw(contestants, block).get_suptitle()
+    assert ("NOT equal" in title) is not equal
+    assert equal or all(f"{n:,}" in title for n in UNEQUAL.values())
 
 
 # ---------------------------------------------------------------- which runs

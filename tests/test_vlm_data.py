@@ -10,14 +10,18 @@ from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
+from datasets import Dataset, Features, List, Value
+from datasets import Image as ImageFeature
 from PIL import Image
+from trl.data_utils import prepare_multimodal_messages
 
 from llmcore_hf.data import digits, shapes
 from llmcore_hf.data.loading import DataArguments
 from llmcore_hf.data.problems import BadData
 from llmcore_hf.errors import UserError
-from llmcore_hf.vlm import images
+from llmcore_hf.vlm import images, tiny
 from llmcore_hf.vlm.data import answer_of, count_marks, is_caption, load_splits, question_of
 from llmcore_hf.vlm.images import BadImage
 
@@ -92,9 +96,9 @@ def png(size: tuple[int, int] = (8, 8), mode: str = "RGB") -> bytes:
     return buffer.getvalue()
 
 
-def huge_png() -> bytes:
+def huge_png(width: int = 20_000, height: int = 20_000) -> bytes:
     """A PNG whose header says 20,000 x 20,000; it holds no pixels."""
-    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunk = b"IHDR" + header
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + png()[33:]
 
@@ -105,6 +109,52 @@ def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     for source in (str(tmp_path / "a.png"), png(mode=mode), {"bytes": png(mode=mode), "path": None}):
         image = images.read(source)
         assert (image.mode, image.size) == ("RGB", (8, 8))
+
+
+def ramp(height: int = 64) -> np.ndarray:
+    return np.linspace(0, 65535, height * 64).reshape(height, 64).astype(np.uint16)
+
+
+ODD = {
+    "16 bits": lambda file: Image.fromarray(ramp()).save(file, "PNG"),
+    "16 bits as TIFF": lambda file: Image.fromarray(ramp()).save(file, "TIFF"),
+    "32-bit integers": lambda file: Image.fromarray(ramp().astype(np.int32)).save(file, "TIFF"),
+    "turned": lambda file: Image.fromarray((ramp(32) >> 8).astype(np.uint8)).save(file, "PNG", exif=turned()),
+    "turned 16 bits": lambda file: Image.fromarray(ramp(32)).save(file, "PNG", exif=turned()),
+    "transparent": lambda file: Image.merge(
+        "LA", [Image.new("L", (64, 64)), Image.linear_gradient("L").resize((64, 64))]
+    ).save(file, "PNG"),
+}
+
+
+def turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter to the right
+    return exif
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_training_sees_what_is_seen_when_asking(tmp_path: Path, kind: str) -> None:
+    """Through an image processor, which is the last to change something: within one part in 255."""
+    ODD[kind](tmp_path / "odd.png")
+    splits = load(write(tmp_path, [{**good_rows()[0], "image": "odd.png"}, *good_rows()[1:]]))
+    asked = images.read(tmp_path / "odd.png")
+    (trained,) = (row["images"][0] for row in [*splits.train, *splits.test] if row["images"][0].size[1] > 8)
+    assert asked.size == trained.size == ((32, 64) if "turned" in kind else (64, 64))
+    process = tiny.image_processor("blip2")
+    pixels = [process([image], return_tensors="pt")["pixel_values"] for image in (asked, trained)]
+    assert (pixels[0] - pixels[1]).abs().max() < 0.02
+    values = np.asarray(asked)
+    assert len(np.unique(values)) >= 64 and 120 < values.mean() < 135, "a ramp over the whole range"
+
+
+@pytest.mark.parametrize("values", [np.ones((8, 8), np.float32), np.full((8, 8), 70_000, np.int32)])
+def test_values_of_an_unknown_range_are_refused(tmp_path: Path, values: np.ndarray) -> None:
+    Image.fromarray(values).save(tmp_path / "a.tiff")
+    with pytest.raises(
+        BadImage, match=r"a\.tiff has values whose range is not known \(mode .\): save it with 8 or 16 bits"
+    ):
+        images.read(tmp_path / "a.tiff")
 
 
 @pytest.mark.parametrize(
@@ -126,8 +176,13 @@ def test_a_bad_file_is_named_with_its_reason(tmp_path: Path, content: bytes | No
     assert str(file) in str(caught.value)
 
 
-def test_the_guard_stands_below_what_pillow_decodes(tmp_path: Path) -> None:
-    assert Image.MAX_IMAGE_PIXELS is not None and images.MAX_PIXELS < Image.MAX_IMAGE_PIXELS
+def test_the_guard_stands_below_what_pillow_decodes() -> None:
+    """An image that Pillow would decode without a word is refused by its header, before anything is decoded."""
+    assert Image.MAX_IMAGE_PIXELS is not None and images.MAX_PIXELS < 9_000 * 8_000 < Image.MAX_IMAGE_PIXELS
+    with pytest.raises(BadImage, match="has 9000 x 8000 pixels, more than the 64,000,000 that are decoded"):
+        images.read(huge_png(9_000, 8_000))
+    with pytest.raises(BadImage, match="damaged or cut off"):  # within the limit it is decoded
+        images.read(huge_png(800, 800))
 
 
 # --- datasets of a user ---
@@ -141,7 +196,7 @@ def write(folder: Path, rows: list[dict]) -> str:
     return str(folder / "mine.jsonl")
 
 
-def turns(question, answer: str = "a thing") -> list[dict]:
+def turns(question, answer="a thing") -> list[dict]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
@@ -186,7 +241,92 @@ def test_the_same_question_about_two_images_is_no_leak(tmp_path: Path) -> None:
     assert len(splits.train) + len(splits.test) == 6 and not splits.report.counts
 
 
+def several_questions(n_images: int, n_each: int = 3) -> list[dict]:
+    return [
+        {"image": f"pictures/{i}.png", "messages": turns(f"Question {q}?", f"{i} {q}")}
+        for i in range(n_images)
+        for q in range(n_each)
+    ]
+
+
+def widths(rows) -> set[int]:
+    """Which of the images of `write` the rows show."""
+    return {image.size[0] for row in rows for image in row["images"]}
+
+
+@pytest.mark.parametrize("kind", ["paths", "copies", "parquet"])
+def test_all_questions_about_an_image_are_on_one_side(tmp_path: Path, kind: str) -> None:
+    """An image is its content: a copy under another name is the same, and so are equal bytes in a parquet file."""
+    rows = several_questions(6)
+    name = write(tmp_path, rows)
+    if kind == "copies":
+        for i, row in enumerate(rows):
+            copy = Path(f"pictures/copy{i}.png")
+            (tmp_path / copy).write_bytes((tmp_path / row["image"]).read_bytes())
+            row["image"] = str(copy)
+        name = write(tmp_path, rows)
+    if kind == "parquet":
+        encoded = [{**row, "image": {"bytes": (tmp_path / row["image"]).read_bytes(), "path": None}} for row in rows]
+        features = Features(
+            {"image": ImageFeature(), "messages": List({"role": Value("string"), "content": Value("string")})}
+        )
+        name = str(tmp_path / "mine.parquet")
+        Dataset.from_list(encoded, features).to_parquet(name)
+    splits = load(name, test_split_size=0.3)
+    assert len(splits.train) + len(splits.test) == 18 and len(splits.test) == 3
+    assert not widths(splits.train) & widths(splits.test)
+
+
+def test_rows_that_share_an_image_with_one_of_several_stay_together(tmp_path: Path) -> None:
+    """0 and 1 stand in one row, 1 and 2 in another: the three are one group."""
+    rows = [
+        {"images": [f"pictures/{i}.png" for i in pair], "messages": turns(f"Which, {pair}?")}
+        for pair in ((0, 1), (1, 2), (2, 0), (3, 4), (4, 5))
+    ]
+    for share in (0.2, 0.4, 0.6):
+        splits = load(write(tmp_path, rows), test_split_size=share)
+        assert widths(splits.test) in ({8, 9, 10}, {11, 12, 13}) and not widths(splits.train) & widths(splits.test)
+
+
+def test_questions_about_one_image_alone_cannot_be_split(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"with 1 different prompt\(s\) about images of their own"):
+        load(write(tmp_path, several_questions(1)))
+
+
+def test_an_image_of_a_given_test_split_in_a_training_row_is_a_leak(tmp_path: Path) -> None:
+    rows = several_questions(6)
+    write(tmp_path, rows)
+    (tmp_path / "mine.jsonl").unlink()
+    for split, part in (("train", rows[:16]), ("test", rows[16:])):  # one question about the last image is trained on
+        lines = "".join(json.dumps({**row, "image": str(tmp_path / row["image"])}) + "\n" for row in part)
+        (tmp_path / f"{split}.jsonl").write_text(lines)
+    with pytest.raises(BadData, match=r"line 16: .*shows the same image as .*test\.jsonl, .*line 1"):
+        load(str(tmp_path))
+    splits = load(str(tmp_path), on_bad_rows="drop")
+    assert (len(splits.train), len(splits.test)) == (15, 2)
+
+
 BAD_ROWS = {
+    "a mark in an answer": (
+        {"messages": turns("What is it?", "a <image>")},
+        "line 3: `turn 1` puts an image into an answer",
+    ),
+    "an image in an answer": (
+        {"messages": turns("What is it?", [{"type": "image"}, {"type": "text", "text": "a thing"}])},
+        "line 3: `turn 1` puts an image into an answer",
+    ),
+    "another kind of part": (
+        {"messages": turns([{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text": "?"}])},
+        "line 3: `turn 0` has a part of type `image_url`",
+    ),
+    "a part without text": (
+        {"messages": turns([{"type": "text"}])},
+        "line 3: `turn 0` has a part of type `text` without",
+    ),
+    "an image within a part": (
+        {"messages": turns([{"type": "image", "image": "pictures/2.png"}, {"type": "text", "text": "?"}])},
+        "line 3: `turn 0` holds an image itself",
+    ),
     "no such file": ({"image": "pictures/9.png"}, r"line 3: `image` there is no file .*9\.png"),
     "no image": ({"image": None}, r"line 3: `images` holds no image"),
     "more marks than images": ({"messages": turns("<image> and <image>?")}, r"name 2 images, but the row has 1"),
@@ -221,13 +361,30 @@ def test_truncated_text_and_huge_files_are_told_together(tmp_path: Path) -> None
 
 
 def test_two_images_are_refused_where_the_model_takes_one(tmp_path: Path) -> None:
-    rows = [{"images": ["pictures/0.png", "pictures/1.png"], "messages": turns(f"Which? {i}")} for i in range(4)]
+    rows = [{"images": [f"pictures/{i}.png", f"pictures/{i + 1}.png"], "messages": turns("Which?")} for i in (0, 2, 4)]
     name = write(tmp_path, rows)
-    assert len(load(name).train) == 3
+    assert len(load(name).train) == 2
     with pytest.raises(BadData, match="holds 2 images, but this model takes 1"):
         load(name, per_row=1)
 
 
-def test_data_without_images_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no image"):
-        load(write(tmp_path, [{"messages": turns(f"What? {i}")} for i in range(4)]))
+def test_data_without_an_image_column_are_refused_once_and_for_all(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match="has no column `image` or `images`: add one, or map it with --columns"
+    ) as caught:
+        load(write(tmp_path, [{"picture": f"pictures/{i}.png", "messages": turns(f"What? {i}")} for i in range(4)]))
+    assert not isinstance(caught.value, BadData) and "\n" not in str(caught.value)
+
+
+def test_parts_of_a_table_are_read_as_those_of_a_text_file(tmp_path: Path) -> None:
+    """A table gives every part the fields of all: an image has a `text`, and a text an `image`, that hold nothing."""
+    from datasets import Dataset
+
+    parts = [{"type": "image", "text": None, "image": None}, {"type": "text", "text": "What is it?", "image": None}]
+    answer = [{"type": "text", "text": "a thing", "image": None}]
+    write(tmp_path, [])
+    rows = [{"image": str(tmp_path / f"pictures/{i}.png"), "messages": turns(parts, answer)} for i in range(4)]
+    Dataset.from_list(rows).to_parquet(tmp_path / "mine.parquet")
+    row = load(str(tmp_path / "mine.parquet")).train[0]
+    content = prepare_multimodal_messages(row["prompt"], images=row["images"])[0]["content"]
+    assert [part["type"] for part in content] == ["image", "text"] and content[0]["image"] is row["images"][0]

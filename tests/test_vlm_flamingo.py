@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from vision_lessons import Begun, begin
 
 from llmcore_hf.data import shapes
 from llmcore_hf.stats import unpaired_interval
-from llmcore_hf.vlm import tiny
+from llmcore_hf.vlm import evaluation, flamingo, tiny
+from llmcore_hf.vlm.data import answer_of
 from llmcore_hf.vlm.evaluation import encode_prompts
-from llmcore_hf.vlm.flamingo_model import Attention, FlamingoForConditionalGeneration, PerceiverResampler
+from llmcore_hf.vlm.flamingo_model import (
+    Attention,
+    FlamingoForConditionalGeneration,
+    GatedCrossAttention,
+    PerceiverResampler,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,7 +60,6 @@ def batch(processor: Any) -> Any:
     return encode_prompts(processor, rows)
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_at_gate_zero_the_logits_are_those_of_the_language_model(shut, batch) -> None:
     text = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -60,14 +68,12 @@ def test_at_gate_zero_the_logits_are_those_of_the_language_model(shut, batch) ->
     assert torch.equal(logits, shut.language_model(**text).logits)
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_open_gates_use_the_images(opened, batch) -> None:
     other = dict(batch, pixel_values=batch["pixel_values"].flip(0))
     assert not torch.allclose(opened(**batch).logits, opened(**other).logits)
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_a_token_sees_its_last_image_and_no_other(opened, batch) -> None:
     """Weights on all other images are exactly 0; on the last, they sum to 1."""
@@ -83,7 +89,6 @@ def test_a_token_sees_its_last_image_and_no_other(opened, batch) -> None:
         assert before.any() and weights[before].abs().max() == 0, "a token before any image saw one"
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_a_later_image_changes_nothing_before_it(opened, batch) -> None:
     pixels = batch["pixel_values"].clone()
@@ -95,7 +100,6 @@ def test_a_later_image_changes_nothing_before_it(opened, batch) -> None:
     assert torch.equal(before[1:], after[1:])
 
 
-@pytest.mark.slow
 def test_at_the_start_gradients_reach_the_gates_alone_and_then_all_that_learns(path, batch) -> None:
     model = FlamingoForConditionalGeneration.from_pretrained(path)
     model.vision_model.requires_grad_(False)
@@ -118,7 +122,6 @@ def test_at_the_start_gradients_reach_the_gates_alone_and_then_all_that_learns(p
     assert all(p.grad is None for p in frozen)
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_generation_with_a_cache_is_that_without_and_of_a_plain_loop(opened, batch, processor) -> None:
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": processor.tokenizer.pad_token_id}
@@ -132,7 +135,6 @@ def test_generation_with_a_cache_is_that_without_and_of_a_plain_loop(opened, bat
     assert ids[0, -3:].tolist() == cached[0, batch["input_ids"].shape[1] :][:3].tolist()
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_save_and_load_give_equal_logits(opened, batch, tmp_path: Path) -> None:
     opened.save_pretrained(tmp_path)
@@ -141,10 +143,128 @@ def test_save_and_load_give_equal_logits(opened, batch, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.slow
 def test_more_places_than_images_are_refused(opened, batch) -> None:
     with pytest.raises(ValueError, match="7 places for images, but there are 5 images"):
         opened(**dict(batch, pixel_values=batch["pixel_values"][:5]))
+
+
+# --- gates and the lesson ---
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("a", "b"), [(0.7, 0.0), (0.0, -1.3), (2.5, 1.0)])
+def test_a_layer_adds_attention_and_feed_forward_through_tanh_of_their_gates(a: float, b: float) -> None:
+    torch.manual_seed(0)
+    layer = GatedCrossAttention(16, 12, 4)
+    layer.attention_gate.fill_(a)
+    layer.feed_forward_gate.fill_(b)
+    hidden, latents, may_see = torch.randn(2, 5, 16), torch.randn(2, 3, 12), torch.ones(2, 5, 3, dtype=torch.bool)
+    y = hidden + math.tanh(a) * layer.attention(layer.norm(hidden), latents, may_see)
+    y = y + math.tanh(b) * layer.feed_forward(y)
+    assert torch.allclose(layer(hidden, latents, may_see), y, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Begun:
+    rates = ("--learning_rate", "1e-3", "--gate_learning_rate", "5e-2", "--max_steps", "2")
+    return begin("flamingo", tmp_path_factory.mktemp("flamingo"), *rates)
+
+
+def test_gates_have_a_learning_rate_of_their_own(begun: Begun) -> None:
+    trainer = begun.trainer
+    names = {id(parameter): name for name, parameter in begun.model.named_parameters()}
+    groups = trainer.create_optimizer().param_groups
+    rates = {names[id(p)]: group["lr"] for group in groups for p in group["params"]}
+    assert len(rates) == sum(len(group["params"]) for group in groups), "a parameter stands in two groups"
+    assert set(rates) == {name for name, p in begun.model.named_parameters() if p.requires_grad}
+    assert all(rate == (5e-2 if name.endswith("_gate") else 1e-3) for name, rate in rates.items())
+
+
+def test_the_run_notices_a_new_layer_that_adds_something_behind_shut_gates(begun: Begun) -> None:
+    def check() -> Any:
+        (found,) = begun.lesson.start_checks(begun.trainer, begun.job, begun.splits)
+        return found.passed
+
+    assert check() is True
+    handle = begun.model.cross_attentions[0].register_forward_hook(lambda module, args, output: output + 0.01)
+    assert check() is False
+    handle.remove()
+    gate = begun.model.cross_attentions[0].attention_gate
+    with torch.no_grad():
+        gate.fill_(0.1)
+        assert check() is None, "open gates are no fault"
+        gate.zero_()
+
+
+def few_shot_splits() -> Any:
+    return SimpleNamespace(source="toy-shapes-few-shot")
+
+
+class Asked:
+    """Stands for the held-out questions: notes what is asked, and lets `answer` say what comes back."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer, self.rows = answer, []
+
+    def ask(self, rows: list[dict[str, Any]], trainer: Any, job: Any) -> Any:
+        self.rows += rows
+        return SimpleNamespace(texts=[self.answer(row) for row in rows])
+
+
+def image_bytes(rows: list[dict[str, Any]]) -> set[bytes]:
+    return {image.tobytes() for row in rows for image in row["images"]}
+
+
+def test_few_shot_questions_are_held_out() -> None:
+    asked = Asked(answer_of)
+    measured = flamingo.LESSON.measure(None, None, few_shot_splits(), asked)
+    assert all(set(measured[f"shots/{n}"]) == {1.0} and len(measured[f"shots/{n}"]) == 120 for n in (0, 1, 2, 4))
+    held_out = [row for n in (0, 1, 2, 4) for row in shapes.few_shot_rows("test", 120, [n])]
+    trained = shapes.few_shot_rows("train", 480, [0, 1, 2, 4])
+    gray = bytes([128]) * 3 * shapes.IMAGE_SIZE**2
+    assert image_bytes(asked.rows) == image_bytes(held_out) | {gray}
+    assert not image_bytes(asked.rows) & image_bytes(trained)
+
+
+def test_the_blind_get_the_same_examples_and_another_image_to_tell_about() -> None:
+    rows = shapes.few_shot_rows("test", 30, [2])
+    own = [row["images"][-1].tobytes() for row in rows]
+    for how in ("shuffled", "blank"):
+        asked = evaluation.blind_query(rows, how)
+        assert [row["prompt"] for row in asked] == [row["prompt"] for row in rows]
+        for row, other in zip(rows, asked, strict=True):
+            assert len(other["images"]) == 3
+            assert all(a is b for a, b in zip(row["images"][:-1], other["images"][:-1], strict=True))
+        last = [row["images"][-1].tobytes() for row in asked]
+        if how == "shuffled":
+            assert sorted(last) == sorted(own) and sum(a == b for a, b in zip(own, last, strict=True)) < 4
+        else:
+            assert len(set(last)) == 1 and not set(last) & set(own)
+
+
+def judged(answer: Any) -> dict[str, bool]:
+    """What the checks say of someone who answers so."""
+    after = flamingo.LESSON.measure(None, None, few_shot_splits(), Asked(answer))
+    block = {"after": {name: sum(values) / len(values) for name, values in after.items()}}
+    return {check.id.removeprefix("flamingo."): check.passed for check in flamingo.LESSON.end_checks(block, after)}
+
+
+def test_who_guesses_from_the_examples_is_not_taken_for_seeing() -> None:
+    """Someone who looks passes; someone who gets as many right whatever the image shows does not."""
+    truth = {
+        row["images"][-1].tobytes(): answer_of(row) for n in (1, 2, 4) for row in shapes.few_shot_rows("test", 120, [n])
+    }
+
+    def looks(row: dict[str, Any]) -> str:
+        return truth.get(row["images"][-1].tobytes(), "nothing")
+
+    def guesses(row: dict[str, Any]) -> str:
+        return answer_of(row) if len(row["images"]) > 1 else "nothing"
+
+    seen, guessed = judged(looks), judged(guesses)
+    names = {"examples_help", "sees_with_examples_more_than_shuffled", "sees_with_examples_more_than_blank"}
+    assert set(seen) == names and all(seen.values())
+    assert guessed == {name: name == "examples_help" for name in names}
 
 
 @torch.no_grad()

@@ -118,6 +118,8 @@ def test_flamingo_learns_from_examples(toy_run) -> None:
     after = summary["eval"]["after"]
     assert after["shots/0"] <= 0.45, "without examples nobody can know what is meant"
     assert max(after[f"shots/{n}"] for n in (1, 2, 4)) >= after["shots/0"] + 0.15
+    for how in evaluation.BLIND:  # the blind, with the same examples
+        assert all(after[f"shots/{n}"] >= after[f"shots/{n}/{how}"] + 0.3 for n in (1, 2, 4))
     check = {check["id"]: check for check in summary["checks"]}["flamingo.examples_help"]
     assert check["status"] == "pass" and check["observed"]["from"] > 0
 

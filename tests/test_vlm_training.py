@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -57,10 +59,25 @@ def test_blind_rows_keep_their_questions() -> None:
         changed = evaluation.blind(rows, how)
         assert [row["prompt"] for row in changed] == [row["prompt"] for row in rows]
     shuffled = evaluation.blind(rows, "shuffled")
-    assert Counter(id(row["images"]) for row in shuffled) == Counter(id(row["images"]) for row in rows)
-    same = sum(a["images"] is b["images"] for a, b in zip(rows, shuffled, strict=True))
-    assert same < 5
+    assert Counter(id(row["images"][0]) for row in shuffled) == Counter(id(row["images"][0]) for row in rows)
+    assert not any(a["images"][0] is b["images"][0] for a, b in zip(rows, shuffled, strict=True))
     assert len({row["images"][0].tobytes() for row in evaluation.blind(rows, "blank")}) == 1
+
+
+def test_blind_rows_keep_the_number_of_their_images() -> None:
+    """Each image is dealt out once, and no row gets one of its own."""
+    counts = [1, 3, 2, 1, 1, 2, 1]
+    rows = [{"images": [(i, j) for j in range(n)], "prompt": i} for i, n in enumerate(counts)]
+    shuffled = evaluation.blind(rows, "shuffled")
+    assert [len(row["images"]) for row in shuffled] == counts and [row["prompt"] for row in shuffled] == list(range(7))
+    assert sorted(image for row in shuffled for image in row["images"]) == sorted(i for r in rows for i in r["images"])
+    assert all(owner != row["prompt"] for row in shuffled for owner, _ in row["images"])
+    together = [{"images": [(i, 0), (i, 1)]} for i in range(5)]
+    assert all(
+        a == b
+        for a, b in (zip(*row["images"], strict=True).__next__() for row in evaluation.blind(together, "shuffled"))
+    )
+    assert evaluation.blind([], "shuffled") == []
 
 
 def test_padding_moves_to_one_side_and_nothing_else_changes() -> None:
@@ -163,6 +180,59 @@ def test_each_stage_trains_its_part(monkeypatch, tmp_path: Path) -> None:
     assert changed(4) == {name for name in start if "vision" not in name}
 
 
+def test_what_is_asked_before_and_after_is_never_trained_on(monkeypatch, tmp_path: Path) -> None:
+    """The rows that `run` holds out, of a user's data and of the toy with its harder split."""
+    from vision_lessons import pictures_of_shapes
+
+    from llmcore_hf.vlm import lesson
+
+    found: dict[str, Any] = {}
+
+    def begun(trainer: Any, *args: Any) -> None:
+        found["train"] = trainer.train_dataset
+
+    def held_out(test: Any, hard: Any, *args: Any) -> None:
+        found.update(test=test, hard=hard)
+        raise RuntimeError("the run has come as far as the test wants")
+
+    monkeypatch.setattr(lesson.text_training, "attach", begun)
+    monkeypatch.setattr(lesson.HeldOut, "of", held_out)
+    model = ("--module", "llava", "--model_name_or_path", "tiny-llava", "--use_cpu", "--max_steps", "1")
+
+    def rows_of(dataset_name: str, folder: str, *more: str) -> dict[str, set[bytes]]:
+        found.clear()
+        assert cli.main([*model, "--dataset_name", dataset_name, "--output_dir", str(tmp_path / folder), *more]) == 1
+        splits = {name: rows for name, rows in found.items() if rows is not None}
+        return {name: {image.tobytes() for row in rows for image in row["images"]} for name, rows in splits.items()}
+
+    mine = rows_of(pictures_of_shapes(tmp_path), "a", "--test_split_size", "0.25")
+    assert len(mine["train"]) == 6 and len(mine["test"]) == 2 and not mine["train"] & mine["test"]
+    toy = rows_of("toy-shapes", "b")
+    assert set(toy) == {"train", "test", "hard"}
+    assert not (toy["train"] & toy["test"] or toy["train"] & toy["hard"] or toy["test"] & toy["hard"])
+
+
+@torch.no_grad()
+def test_a_map_of_llava_is_what_the_last_token_attends_to() -> None:
+    """Row by row, without padding; the first token sees nothing of the image."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from llmcore_hf.vlm import llava
+
+    path = tiny.ensure("tiny-llava")
+    model, processor = AutoModelForImageTextToText.from_pretrained(path).eval(), AutoProcessor.from_pretrained(path)
+    rows = [*toy_dataset("toy-shapes")["test"].select(range(3))]
+    names, maps = llava.LESSON.look(model, SimpleNamespace(processor=processor), rows)
+    assert names == ["layer 1", "layer 2"] and maps.shape == (3, 2, 4, 4)
+    model.set_attn_implementation("eager")
+    for row, found in zip(rows, maps, strict=True):
+        inputs = evaluation.encode_prompts(processor, [row])
+        image = (inputs["input_ids"][0] == processor.image_token_id).nonzero()[:, 0]
+        attentions = model(**inputs, output_attentions=True).attentions
+        expected = torch.stack([weights[0, :, -1, image].mean(dim=0).view(4, 4) for weights in attentions])
+        assert torch.allclose(torch.tensor(found), expected, atol=1e-5) and (expected > 0).all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_lora_on_a_users_images(monkeypatch, tmp_path: Path, name: str) -> None:
@@ -205,6 +275,92 @@ def test_a_question_about_a_file(monkeypatch, tmp_path: Path, capsys, name: str)
     assert sample["reference"] is None and sample["before"] is None and sample["after"]
 
 
+def answer_about(folder: Path, name: str, model: str, run: str) -> str:
+    asked = ("--image", "0.png", "--question", "What color is it?", "--max_new_tokens", "8", "--output_dir", run)
+    assert cli.main(["--module", name, "--model_name_or_path", model, *asked]) == 0
+    return str(json.loads((folder / run / "summary.json").read_text())["samples"][0]["after"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_an_adapter_is_asked_as_it_was_trained_and_merged_as_its_message_says(
+    monkeypatch, tmp_path: Path, capsys, name: str
+) -> None:
+    """What `--use_peft` leaves: `--image` takes the folder as it is, training from it names Python that works."""
+    import re
+
+    from vision_lessons import begin
+
+    monkeypatch.chdir(tmp_path)
+    lora = ("--use_peft", "--lora_r", "4", "--max_steps", "4", "--learning_rate", "5e-2")
+    begun = begin(name, tmp_path, *lora)
+    with torch.enable_grad():
+        begun.trainer.train()
+    begun.trainer.save_model(str(tmp_path / "adapter"))
+    begun.job.processor.save_pretrained(tmp_path / "adapter")
+    model = begun.model.eval()
+    row = {"images": [Image.open("0.png")], "prompt": [{"role": "user", "content": "What color is it?"}]}
+    inputs = evaluation.encode_prompts(begun.job.processor, [row])
+    trained = model(**inputs).logits
+    job = begun.lesson_job(str(tmp_path / "adapter"))
+    assert job.adapter and torch.allclose(begun.load(job)(**inputs).logits, trained, atol=1e-4)
+    with model.disable_adapter():
+        assert not torch.allclose(model(**inputs).logits, trained, atol=0.1), "it learned nothing"
+    answer = answer_about(tmp_path, name, "adapter", "asked")
+    data = ("--dataset_name", "shapes.jsonl", "--max_steps", "1", "--output_dir", "again")
+    assert cli.main(["--module", name, "--model_name_or_path", "adapter", *data]) == 2
+    message = capsys.readouterr().err
+    (code,) = re.findall(r"in Python: (.*); and start from `merged`", message)
+    with torch.enable_grad():
+        exec(code, {})  # our own words, from the message
+    assert answer_about(tmp_path, name, "merged", "merged_asked") == answer
+    shutil.rmtree("merged")
+    config = json.loads(Path("adapter/adapter_config.json").read_text())
+    Path("adapter/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/gone/model"}))
+    asked = ("--image", "0.png", "--question", "?", "--output_dir", "no_base")
+    assert cli.main(["--module", name, "--model_name_or_path", "adapter", *asked]) == 1
+    assert "was trained on /gone/model, which is not there" in capsys.readouterr().err
+
+
+TEXT_MODULES = {
+    "sft": {"prompt": "What is it?", "completion": "a cat"},
+    "dpo": {"prompt": "What is it?", "chosen": "a cat", "rejected": "a dog"},
+    "reward": {"prompt": "What is it?", "chosen": "a cat", "rejected": "a dog"},
+    "grpo": {"prompt": "What is it?", "answer": "a cat"},
+    "ppo": {"prompt": "What is it?", "answer": "a cat"},
+}
+
+
+@pytest.mark.parametrize("model", ["tiny-llava", "tiny-qwen"])
+@pytest.mark.parametrize("module", TEXT_MODULES)
+def test_a_text_module_names_the_modules_for_images_before_it_loads_a_model(
+    monkeypatch, tmp_path: Path, capsys, module: str, model: str
+) -> None:
+    """A vision-language model is known by its config, data with images by their column."""
+    import trl
+
+    for trainer in ("SFTTrainer", "DPOTrainer", "RewardTrainer", "GRPOTrainer"):
+        monkeypatch.setattr(
+            getattr(trl, trainer), "__init__", lambda *args, **kwargs: pytest.fail("a model was loaded")
+        )
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("a.png")
+    rows = [{**TEXT_MODULES[module], "prompt": f"What {i}?", "image": "a.png"} for i in range(4)]
+    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = str(tiny.ensure(model)) if model in tiny.TINY_VLMS else model
+    rewards = ("--reward_funcs", "exact_match") if module in ("grpo", "ppo") else ()
+    data = ("--dataset_name", "mine.jsonl", "--max_steps", "1", "--use_cpu", "--output_dir", "run", *rewards)
+    assert cli.main(["--module", module, "--model_name_or_path", path, *data]) == 1
+    captured = capsys.readouterr()
+    what = (
+        "is a vision-language model of type `llava`"
+        if model == "tiny-llava"
+        else "mine.jsonl holds images (column `image`)"
+    )
+    assert what in captured.err and "--module llava, blip2 and flamingo" in captured.err
+    assert "Traceback" not in captured.err + captured.out
+
+
 BAD: dict[str, tuple[tuple[str, ...], int, str]] = {
     "missing": (("--image", "b.png", "--question", "?"), 1, "there is no file b.png"),
     "no image": (("--image", "text.png", "--question", "?"), 1, "text.png is not an image"),
@@ -222,7 +378,7 @@ BAD: dict[str, tuple[tuple[str, ...], int, str]] = {
         "tiny-blip2 is a model of type `blip-2`; module `llava` takes llava",
     ),
     "a misspelt toy": (("--model_name_or_path", "tiny-lava", "--dataset_name", "toy-shapes"), 2, "did you mean"),
-    "no images": (("--dataset_name", "toy-sort"), 1, "holds no image"),
+    "no images": (("--dataset_name", "toy-sort"), 1, "has no column `image` or `images`"),
 }
 
 

@@ -89,6 +89,7 @@ def run(config: Config, run_dir: RunDirectory) -> None:
         limit=prompt_limit_of(job, args.max_length),
         bad_rows_file=run_dir.path / training.BAD_ROWS,
     )
+    training.refuse_images(config.module, splits)
     training.require_chat_template(job.tokenizer, splits)
 
     with training.explaining(job, splits):

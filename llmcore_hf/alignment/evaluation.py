@@ -257,12 +257,19 @@ def generate_from(
                     pad_token_id=tokenizer.pad_token_id,
                     **how,
                 )
-            for i, ids in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+            # what was not generated: the prompt, or the one token that a decoder begins with
+            n_given = 1 if has_encoder(model) else inputs["input_ids"].shape[1]
+            for i, ids in zip(batch, output[:, n_given:].tolist(), strict=True):
                 length = next((n + 1 for n, token in enumerate(ids) if token in stops), len(ids))
                 ended = bool(ids[:length]) and ids[length - 1] in stops
                 found.append((i, (tokenizer.decode(ids[:length], skip_special_tokens=True), ids[:length], ended)))
     texts, completion_ids, ended_flags = zip(*_gather_in_order(found, accelerator), strict=True)
     return Answers(list(texts), list(completion_ids), list(ended_flags))
+
+
+def has_encoder(model: Any) -> bool:
+    """Whether the text model reads prompts with an encoder of its own (T5), so that its answers do not begin with them."""
+    return bool(getattr(model, "language_model", model).config.is_encoder_decoder)
 
 
 @dataclass

@@ -58,6 +58,7 @@ def load_prompts(config: Config, job: Job, run_dir: RunDirectory) -> Splits:
         chooses_best=args.load_best_model_at_end,
         bad_rows_file=run_dir.path / training.BAD_ROWS,
     )
+    training.refuse_images(config.module, splits)
     training.require_chat_template(job.tokenizer, splits)
     return splits
 

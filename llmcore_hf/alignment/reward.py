@@ -91,6 +91,7 @@ def run(config: Config, run_dir: RunDirectory) -> None:
         limit=None if args.chat_template_path else prompt_limit_of(job, args.max_length),
         bad_rows_file=run_dir.path / training.BAD_ROWS,
     )
+    training.refuse_images(config.module, splits)
     if not args.chat_template_path:
         training.require_chat_template(job.tokenizer, splits)
 

@@ -61,6 +61,7 @@ def run(config: Config, run_dir: RunDirectory) -> None:
         limit=prompt_limit(config, job, args),
         bad_rows_file=run_dir.path / training.BAD_ROWS,
     )
+    training.refuse_images(config.module, splits)
     if not args.chat_template_path:
         training.require_chat_template(job.tokenizer, splits)
     if "messages" in splits.train.column_names and not config.is_set("assistant_only_loss"):

@@ -38,6 +38,7 @@ from llmcore_hf.config import COMMAND_LINE, Config
 from llmcore_hf.data.loading import Splits, column_mapping, looks_like_path
 from llmcore_hf.data.preparing import PROMPT_BYTES, PROMPT_TURNS
 from llmcore_hf.data.problems import DROP
+from llmcore_hf.data.reading import IMAGE_COLUMNS
 from llmcore_hf.data.toy import TOY_DATASETS
 from llmcore_hf.durability import Interrupted, move_into_place, storage_trouble
 from llmcore_hf.errors import UserError
@@ -107,10 +108,26 @@ def house_defaults(explicit: dict[str, Any]) -> dict[str, Any]:
     return defaults
 
 
-def check_options(config: Config, built_in: Iterable[str] = tiny.TINY_MODELS, needs_dataset: bool = True) -> list[str]:
+def merge_into_text_model(adapter: str) -> str:
+    """Python that merges a LoRA adapter into its base, for a message."""
+    return (
+        "from peft import AutoPeftModelForCausalLM; "
+        f"AutoPeftModelForCausalLM.from_pretrained({adapter!r}).merge_and_unload().save_pretrained('merged'); "
+        "save the tokenizer there, too"
+    )
+
+
+def check_options(
+    config: Config,
+    built_in: Iterable[str] = tiny.TINY_MODELS,
+    needs_dataset: bool = True,
+    merge: Callable[[str], str] | None = merge_into_text_model,
+) -> list[str]:
     """Impossible combinations among the options every module on a TRL trainer has; one sentence each.
 
-    `built_in` names the tiny checkpoints that the module takes.
+    Args:
+        built_in: the tiny checkpoints that the module takes.
+        merge: a folder with an adapter alone -> the Python that merges it; None where an adapter is as good as a model.
     """
     values, problems = config.values, []
     for name in ("model_name_or_path", "dataset_name"):
@@ -121,7 +138,11 @@ def check_options(config: Config, built_in: Iterable[str] = tiny.TINY_MODELS, ne
     problems += _misspelt("dataset_name", dataset, "toy-", TOY_DATASETS)
     if model and model not in built_in and looks_like_path(model) and not Path(model).expanduser().is_dir():
         problems.append(f"--model_name_or_path {model}: there is no such folder")
-    problems += _adapter_alone(model)
+    if model and merge and loading.is_adapter(model):
+        problems.append(
+            f"--model_name_or_path {model} holds a LoRA adapter and no whole model. Merge it into its base first, in Python: "
+            f"{merge(model)}; and start from `merged`"
+        )
     if dataset and looks_like_path(dataset) and not Path(dataset).expanduser().exists():
         problems.append(f"--dataset_name {dataset}: there is no such file or folder")
     problems += [f"--{n} must be greater than 0, not {values[n]}" for n in POSITIVE if _not_positive(values.get(n))]
@@ -142,18 +163,6 @@ def check_options(config: Config, built_in: Iterable[str] = tiny.TINY_MODELS, ne
         )
     problems += check_save_steps(values)
     return problems + _check_trackers(values["report_to"]) + _check_peft(config) + _check_precision(values)
-
-
-def _adapter_alone(model: str | None) -> list[str]:
-    """An adapter is no model to start from: a second one would be stacked on it, or it would be trained in place."""
-    folder = Path(model or "").expanduser()
-    if not model or not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
-        return []
-    merge = f"AutoPeftModelForCausalLM.from_pretrained({model!r}).merge_and_unload().save_pretrained('merged')"
-    return [
-        f"--model_name_or_path {model} holds a LoRA adapter and no whole model. Merge it into its base first, in Python: "
-        f"from peft import AutoPeftModelForCausalLM; {merge}; save the tokenizer there, too, and start from `merged`"
-    ]
 
 
 def _check_data(values: dict[str, Any], task: str | None) -> list[str]:
@@ -255,6 +264,7 @@ def prepare(config: Config, model_args: ModelConfig, training_args: Any) -> Job:
     """
     quieten()
     set_seed(training_args.seed)
+    _refuse_vision_model(config.module, str(model_args.model_name_or_path), model_args.model_revision)
     job = load_job(str(model_args.model_name_or_path), model_args.model_revision, training_args.trust_remote_code)
     for option in ("max_length", "max_completion_length"):
         n_tokens = getattr(training_args, option, None)
@@ -262,6 +272,40 @@ def prepare(config: Config, model_args: ModelConfig, training_args: Any) -> Job:
             raise UserError(f"--{option} {n_tokens} is more than the {job.context} tokens of {job.name}'s context")
     training_args.model_init_kwargs = loading.init_kwargs(model_args, training_args.model_init_kwargs)
     return job
+
+
+IMAGES_ELSEWHERE = (
+    "images are for --module llava, blip2 and flamingo, which learn to answer questions about them (for preferences about "
+    "images, TRL's own DPOTrainer and GRPOTrainer take LLaVA)"
+)
+
+
+def _refuse_vision_model(module: str, name: str, revision: str) -> None:
+    """Raises `UserError` for a model that reads images and is no text model beside, from its config alone."""
+    from transformers import PreTrainedConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if name in tiny.TINY_MODELS:
+        return
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(loading.resolve_name(name), revision=revision)
+    except (OSError, ValueError):
+        return  # whatever it is, loading its tokenizer says so
+    kind = config.get("model_type")
+    if "vision_config" in config and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(
+            f"--model_name_or_path {name} is a vision-language model of type `{kind}`, and module `{module}` trains text "
+            f"models: {IMAGES_ELSEWHERE}"
+        )
+
+
+def refuse_images(module: str, splits: Splits) -> None:
+    """Raises `UserError` for data that hold images, before a model is loaded."""
+    if found := [name for name in IMAGE_COLUMNS if name in splits.train.column_names]:
+        raise UserError(
+            f"{splits.source} holds images (column `{found[0]}`), and module `{module}` trains on text: {IMAGES_ELSEWHERE}; "
+            "or take the column out"
+        )
 
 
 def quieten() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -36,7 +36,10 @@ class Split:
     Attributes:
         rows: the prepared rows with the columns `META`.
         good: (N,) False for a row with a problem.
+        links: for each row what ties it to others besides its prompt, such as the images it shows; None when nothing does.
     """
+
+    links: list[tuple[Hashable, ...]] | None = None
 
     def __init__(self, name: str, rows: Dataset) -> None:
         self.name, self.rows = name, rows
@@ -74,14 +77,26 @@ def of_rows(split: Split) -> Iterator[Problem]:
 
 
 RowCheck = Callable[[dict[str, Any]], Iterable[FieldProblem]]  # what is wrong with a converted row, images not decoded
+RowLinks = Callable[[dict[str, Any]], Iterable[Hashable]]  # what no held-out row may have in common with it
+
+
+def _undecoded(split: Split) -> Dataset:
+    """The rows without `META`, images as they are stored."""
+    rows = split.rows.remove_columns(list(META))
+    for column, feature in split.rows.features.items():
+        if (encoded := image_feature(feature, decode=False)) is not None:
+            rows = rows.cast_column(column, encoded)
+    return rows
+
+
+def link(split: Split, links_of: RowLinks) -> None:
+    """Note what ties each row to others. To be called before suspicious rows are set aside: they may be kept."""
+    split.links = [tuple(links_of(row)) for row in _undecoded(split)]
 
 
 def of_each(split: Split, check: RowCheck) -> Iterator[Problem]:
     """What a module finds in each row that is still good."""
-    rows = split.rows.remove_columns(list(META))
-    for column, feature in split.rows.features.items():
-        if (encoded := image_feature(feature, decode=False)) is not None:
-            rows = rows.cast_column(column, encoded)  # the check decodes, and tells what it cannot decode
+    rows = _undecoded(split)  # the check decodes, and tells what it cannot decode
     for index in np.flatnonzero(split.good):
         for found in check(rows[int(index)]):
             yield split.problem(index, **asdict(found))
@@ -112,6 +127,19 @@ def leaks(train: Split, held_out: Split, kept: bool = False) -> Iterator[Problem
     for index, where in zip(mine[hit], asked[first[position[hit]]], strict=True):
         text = f"has the same prompt as {held_out.shown_place(where)} of the held-out split `{held_out.name}`"
         yield train.problem(index, "leak", None, text, "remove it from one of the splits")
+    yield from _shared_links(train, held_out, asked)
+
+
+def _shared_links(train: Split, held_out: Split, asked: np.ndarray) -> Iterator[Problem]:
+    """Training rows that are tied to a held-out row by something else than the prompt."""
+    if train.links is None or held_out.links is None:
+        return
+    where = {tie: index for index in asked[::-1] for tie in held_out.links[index]}  # the first row of each
+    for index in np.flatnonzero(train.good):
+        if shared := [tie for tie in train.links[index] if tie in where]:
+            place = held_out.shown_place(where[shared[0]])
+            text = f"shows the same image as {place} of the held-out split `{held_out.name}`"
+            yield train.problem(index, "leak", None, text, "remove it from one of the splits")
 
 
 def swapped(split: Split, source: str) -> Iterator[Problem]:

@@ -15,7 +15,7 @@ from trl import ScriptArguments
 
 from llmcore_hf import distributed, registry
 from llmcore_hf.data import auditing, formats, preparing
-from llmcore_hf.data.auditing import LengthLimit, RowCheck, Split
+from llmcore_hf.data.auditing import LengthLimit, RowCheck, RowLinks, Split
 from llmcore_hf.data.formats import Format
 from llmcore_hf.data.preparing import KEY, META, PROMPT_KEY
 from llmcore_hf.data.problems import DROP, KEEP, POLICIES, STOP, BadData, Problem, Report, ways_out
@@ -121,12 +121,13 @@ def load(
     limit: LengthLimit | None = None,
     bad_rows_file: Path | None = None,
     row_check: RowCheck | None = None,
+    row_links: RowLinks | None = None,
 ) -> Splits:
     """Load the dataset that `args` names for a `task`: `sft`, `preference`, or `prompt`, which any dataset with prompts suits.
 
     With `chooses_best` (`--load_best_model_at_end`) validation rows are never the test rows: what was chosen on them
     could not be reported on them. Problems are written to `bad_rows_file`, one JSON object per line. `row_check` finds what
-    only the module knows to be wrong with a converted row.
+    only the module knows to be wrong with a converted row, `row_links` what else than its prompt must not be held out.
 
     Raises:
         UserError: it cannot be read, or has another format than the task needs.
@@ -146,6 +147,9 @@ def load(
             for name, source in opened.sources.items()
             if name in names.values()
         }
+    if row_links is not None:
+        for split in splits.values():
+            auditing.link(split, row_links)
     report = Report()
     report.add(find_problems(splits, names["train"], opened.name, limit, args.on_bad_rows == KEEP, row_check))
     judge(report, opened.name, args.on_bad_rows, bad_rows_file)
@@ -330,21 +334,43 @@ def _choose_rows(
 
 
 def _set_aside(split: Split, indices: np.ndarray, args: DataArguments, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(rows that stay, rows set aside), at least one of each; rows with the same prompt stay together."""
-    keys, group = np.unique(split.column(PROMPT_KEY)[indices], return_inverse=True)
-    if len(keys) < 2:
+    """(rows that stay, rows set aside), at least one of each; rows with the same prompt or image stay together."""
+    group = _groups(split, indices)
+    n_groups = len(np.unique(group))
+    if n_groups < 2:
+        what = "prompt(s)" if split.links is None else "prompt(s) about images of their own"
         raise UserError(
-            f"{args.dataset_name} has {len(indices)} row(s) with {len(keys)} different prompt(s): at least two are "
+            f"{args.dataset_name} has {len(indices)} row(s) with {n_groups} different {what}: at least two are "
             "needed, one to hold out"
         )
     n = min(max(1, round(args.test_split_size * len(indices))), len(indices) - 1)
-    order, sizes = np.random.default_rng(seed).permutation(len(keys)), np.bincount(group)
+    order, sizes = np.random.default_rng(seed).permutation(n_groups), np.bincount(group)
     fitting = order[sizes[order] <= n]  # a prompt of half the rows would take them all along
     if not len(fitting):
         fitting = np.array([sizes.argmin()])
-    n_groups = max(1, int(np.searchsorted(np.cumsum(sizes[fitting]), n, side="right")))
-    aside = np.isin(group, fitting[: min(n_groups, len(keys) - 1)])
+    n_aside = max(1, int(np.searchsorted(np.cumsum(sizes[fitting]), n, side="right")))
+    aside = np.isin(group, fitting[: min(n_aside, n_groups - 1)])
     return indices[~aside], indices[aside]
+
+
+def _groups(split: Split, indices: np.ndarray) -> np.ndarray:
+    """(N,) for each row the number of its group: rows with the same prompt, and rows with a link in common, at once or
+    through others."""
+    _, group = np.unique(split.column(PROMPT_KEY)[indices], return_inverse=True)
+    if split.links is None:
+        return group
+    above = list(range(len(indices)))  # group -> one that it was joined to, itself at the top
+
+    def top(number: int) -> int:
+        while above[number] != number:
+            number = above[number] = above[above[number]]
+        return number
+
+    first: dict[Any, int] = {}
+    for index, number in zip(indices, group.tolist(), strict=True):
+        for tie in split.links[index]:
+            above[top(number)] = top(first.setdefault(tie, number))
+    return np.unique([top(number) for number in group.tolist()], return_inverse=True)[1]
 
 
 def fingerprint(keys: dict[str, np.ndarray]) -> str:

@@ -24,6 +24,32 @@ def is_local(name: str) -> bool:
     return Path(name).expanduser().is_dir()
 
 
+def is_adapter(name: str) -> bool:
+    """Whether `name` is a folder with a LoRA adapter and no whole model."""
+    folder = Path(name).expanduser()
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+
+
+def base_of(adapter: str) -> str:
+    """The model that the adapter in a folder was trained on: a local folder, or a hub id.
+
+    Raises:
+        UserError: the adapter does not say, or the folder is gone.
+    """
+    from peft import PeftConfig
+
+    try:
+        base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"the adapter {adapter} cannot be read: {' '.join(str(error).split())}") from error
+    if not base or (Path(base).is_absolute() and not is_local(base)):
+        raise UserError(
+            f"the adapter {adapter} was trained on {base or 'a model that it does not name'}, which is not there: correct "
+            "`base_model_name_or_path` in its adapter_config.json"
+        )
+    return str(base)
+
+
 def init_kwargs(model_args: ModelConfig, extra: dict[str, Any] | None) -> dict[str, Any]:
     """Keyword arguments for `from_pretrained`, from TRL's `ModelConfig` and `--model_init_kwargs`."""
     return {

@@ -27,7 +27,7 @@ from llmcore_hf.alignment.evaluation import GenerationArguments, evaluating
 from llmcore_hf.alignment.training import ModelArguments
 from llmcore_hf.checks import Check
 from llmcore_hf.config import Config, RunArguments
-from llmcore_hf.curves import HELD_OUT, REJECTED, TRAIN, Line, Panel
+from llmcore_hf.curves import HELD_OUT, REJECTED, SHARE, TRAIN, Line, Panel
 from llmcore_hf.data.loading import DataArguments, Splits
 from llmcore_hf.errors import UserError
 from llmcore_hf.run_dir import RunDirectory
@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     import numpy as np
     from trl import SFTConfig
 
-house_defaults = training.house_defaults
+house_defaults, only_asks = training.house_defaults, training.only_asks
+IMAGES_PER_ROW = 1
 TOWER, LANGUAGE_MODEL = "vision_model", "language_model"
 GENERATES = ("qformer", "query_tokens", "language_projection")  # what learns in the second stage
 STAGE1_HEADS = ("embeddings", "vision_projection", "text_projection", "itm_head", "itg_head", "temperature")
@@ -92,7 +93,7 @@ def argument_classes() -> tuple[type, ...]:
 
 def check(config: Config) -> list[str]:
     """Impossible combinations of options, one sentence each."""
-    values, problems = config.values, training.check_options(config)
+    values, problems = config.values, training.check_options(config, IMAGES_PER_ROW)
     if values["language_model_steps"] < 0:
         problems.append(f"--language_model_steps must not be negative, not {values['language_model_steps']}")
     elif 0 < values["max_steps"] < values["stage1_steps"] + values["language_model_steps"]:
@@ -176,9 +177,8 @@ def export(model: Any, state: dict[str, torch.Tensor], cls: Any, folder: str) ->
 
 
 class Blip2(VisionLesson):
-    name, title, kinds, images_per_row, tower = "blip2", "BLIP-2", ("blip-2",), 1, TOWER
+    name, title, kinds, images_per_row, tower = "blip2", "BLIP-2", ("blip-2",), IMAGES_PER_ROW, TOWER
     default_template = QUESTION_TEMPLATE
-    loss_title = "Loss: sum of three in stage 1, of the next token after it"
     panels = (
         Panel(
             "Stage 1: losses of the Q-Former (training)",
@@ -189,8 +189,13 @@ class Blip2(VisionLesson):
             (Line("itm_accuracy", "matching", HELD_OUT),),
             level=0.5,
             level_label="chance",
+            limits=SHARE,
         ),
     )
+
+    def shown_history(self, history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The first stage's loss is another: it stands in a panel of its own, as the three it is the sum of."""
+        return [{n: v for n, v in row.items() if n != "loss"} if "itc" in row else row for row in history]
 
     def make_trainer(self, config: Config, job: VisionJob, splits: Splits, args: SFTConfig) -> Blip2Trainer:
         from peft import get_peft_model
@@ -215,12 +220,16 @@ class Blip2(VisionLesson):
                 DataCollatorForVisionLanguageModeling(job.processor, args.max_length, completion_only_loss=True)
             ),
         )
-        rows = splits.train
+        rows, frozen, rate = splits.train, (TOWER, LANGUAGE_MODEL), args.learning_rate
+        everything = range(len(rows))
+        with_language_model = starts_with((*GENERATES, LANGUAGE_MODEL))
         trainer.begin(
             [
-                Stage(STAGE1, stage1, options.stage1_learning_rate, starts_with(REPRESENTS), caption_rows(rows)),
-                Stage(STAGE2, stage2 - with_lm, args.learning_rate, starts_with(GENERATES), range(len(rows))),
-                Stage(STAGE3, with_lm, args.learning_rate, starts_with((*GENERATES, LANGUAGE_MODEL)), range(len(rows))),
+                Stage(
+                    STAGE1, stage1, options.stage1_learning_rate, starts_with(REPRESENTS), caption_rows(rows), frozen
+                ),
+                Stage(STAGE2, stage2 - with_lm, rate, starts_with(GENERATES), everything, frozen),
+                Stage(STAGE3, with_lm, rate, with_language_model, everything, frozen=(TOWER,)),
             ]
         )
         return trainer
@@ -305,7 +314,8 @@ def measure_stage1(trainer: StagedTrainer, job: VisionJob, held_out: HeldOut) ->
     """On held-out images and captions, one value each: matching pairs and hard negatives told apart (ITM), the right text
     found among all (ITC), every word of the text the likeliest one (ITG)."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    rows = [row for row in held_out.rows if is_caption(row)]
+    captions = [row for row in held_out.rows if is_caption(row)]
+    rows = captions or held_out.rows  # as `caption_rows` chooses what the stage trains on
     device = trainer.accelerator.device
     text = text_inputs(job.tokenizer, [answer_of(row) for row in rows]).to(device)
     ids, mask = text["input_ids"], text["attention_mask"]

@@ -475,4 +475,8 @@ def draw(contestants: list[Contestant], block: dict[str, Any]) -> bytes:
         for c in contestants
     }
     table = {row: {c.title: values[c.name] for c in contestants} for row, values in block["table"].items()}
-    return pictures.comparison(f"Three ways to connect an image to a language model ({block['source']})", curves, table)
+    title = f"Three ways to connect an image to a language model ({block['source']})"
+    if not block["equal_budget"]:
+        budgets = ", ".join(f"{name} {rows:,}" for name, rows in table["training_rows"].items())
+        title += f"\nbudgets NOT equal, accuracies do not compare: {budgets} training rows"
+    return pictures.comparison(title, curves, table)

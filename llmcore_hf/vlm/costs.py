@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from llmcore_hf.alignment.evaluation import evaluating
-from llmcore_hf.vlm.evaluation import Row, encode_prompts, padded
+from llmcore_hf.vlm.evaluation import PromptProcessor, Row, encode_prompts, padded
 from llmcore_hf.vlm.training import eager_attention
 
 TOWER, CONNECTOR, LANGUAGE_MODEL = "vision tower", "connector", "language model"
@@ -136,7 +136,7 @@ def training_batch(processor: Any, rows: Sequence[Row]) -> Any:
     from transformers import BatchEncoding
     from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-    collator = DataCollatorForVisionLanguageModeling(processor, None, completion_only_loss=True)
+    collator = DataCollatorForVisionLanguageModeling(PromptProcessor(processor), None, completion_only_loss=True)
     return BatchEncoding(padded(collator([dict(row) for row in rows]), "right"))
 
 

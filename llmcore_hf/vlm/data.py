@@ -13,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmcore_hf.data.auditing import RowCheck
 from llmcore_hf.data.formats import FieldProblem
 from llmcore_hf.data.loading import DataArguments, Splits, load
-from llmcore_hf.data.reading import image_feature
+from llmcore_hf.data.reading import IMAGE_COLUMNS, image_feature
 from llmcore_hf.data.shapes import DESCRIBE
 from llmcore_hf.data.toy import TOY_DATASETS
 from llmcore_hf.errors import UserError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 MARK = "<image>"  # where an image stands, in text written for LLaVA
+IMAGE_PART, GIVE_IMAGES = '{"type": "image"}', "give the images themselves in the column `images`"
 
 
 def load_splits(
@@ -43,16 +45,31 @@ def load_splits(
     name = str(args.dataset_name)
     folder = None if name in TOY_DATASETS else _folder_of(name)
 
-    def row_check(row: dict[str, Any]) -> Iterator[FieldProblem]:
-        yield from check_row(row, folder, images_per_row, decode=name not in TOY_DATASETS)
+    def row_links(row: dict[str, Any]) -> Iterator[bytes]:
+        """Several questions about one image are held out together, or not at all."""
+        keys = (images.content_key(located(source, folder)) for source in images_of(row))
+        yield from (key for key in keys if key is not None)
 
-    splits = load(args, "sft", seed, None, chooses_best, None, bad_rows_file, row_check)
-    if not {"image", "images"} & set(splits.train.column_names):
-        raise UserError(f"{name} has no column `image` or `images`: add one, or map it with --columns images=NAME")
+    links = None if name in TOY_DATASETS else row_links
+    check = row_check_of(name, images_per_row)
+    splits = load(args, "sft", seed, None, chooses_best, None, bad_rows_file, check, links)
     if name in TOY_DATASETS:
         return splits
     rows = {role: as_trained(getattr(splits, role), folder) for role in ("train", "validation", "test")}
     return replace(splits, **rows)
+
+
+def row_check_of(name: str, images_per_row: int | None) -> RowCheck:
+    """What finds problems of the images in a row of the dataset `name`; see `check_row`."""
+    is_toy = name in TOY_DATASETS
+    folder = None if is_toy else _folder_of(name)
+
+    def check(row: dict[str, Any]) -> Iterator[FieldProblem]:
+        if not row.keys() & set(IMAGE_COLUMNS):  # the same of each row: said once
+            raise UserError(f"{name} has no column `image` or `images`: add one, or map it with --columns images=NAME")
+        yield from check_row(row, folder, images_per_row, decode=not is_toy)
+
+    return check
 
 
 def _folder_of(name: str) -> Path | None:
@@ -72,7 +89,9 @@ def check_row(
     elif images_per_row is not None and len(found) != images_per_row:
         text = f"holds {len(found)} images, but this model takes {images_per_row} for each question"
         yield FieldProblem("images", column, text, "make a row of each, or use a model that reads several images")
-    if found and (marks := count_marks(turns_of(row))) not in (0, len(found)):
+    turns = turns_of(row)
+    yield from _check_parts(turns)
+    if found and (marks := count_marks(turns)) not in (0, len(found)):
         text = f"name {marks} images, but the row has {len(found)}"
         yield FieldProblem("images", "the turns", text, "let each image have one `<image>`, or leave all of them out")
     for i, source in enumerate(found if decode else []):
@@ -81,6 +100,24 @@ def check_row(
         except BadImage as error:
             text, _, remedy = str(error).partition(": ")
             yield FieldProblem("image", f"{column}[{i}]" if column == "images" else column, text, remedy)
+
+
+def _check_parts(turns: list[dict[str, Any]]) -> Iterator[FieldProblem]:
+    """Images where no model here has any, and parts of turns that no model here reads."""
+    for i, turn in enumerate(turns):
+        place, content = f"turn {i}", turn.get("content")
+        if turn["role"] == "assistant" and count_marks([turn]):
+            text = f"puts an image into an answer (`{MARK}` stands for one), and the models here answer in text"
+            yield FieldProblem("images", place, text, "move it to the question, or remove the row")
+        for part in content if isinstance(content, list) else []:
+            if part.get("type") not in ("text", "image"):
+                text = f"has a part of type `{part.get('type')}`"
+                yield FieldProblem("type", place, text, f"write images as {IMAGE_PART} and {GIVE_IMAGES}")
+            elif part["type"] == "text" and not isinstance(part.get("text"), str):
+                yield FieldProblem("missing", place, "has a part of type `text` without `text`", "fill it in")
+            elif part.get("image") is not None:
+                text = "holds an image itself, one more than those of the column"
+                yield FieldProblem("images", place, text, f"leave {IMAGE_PART} there and {GIVE_IMAGES}")
 
 
 def images_of(row: dict[str, Any]) -> list[Any]:
@@ -129,19 +166,20 @@ def as_trained(rows: Dataset, folder: Path | None) -> Dataset:
 
     def convert(row: dict[str, Any]) -> dict[str, Any]:
         found = [located(source, folder) for source in images_of(row)]
-        turns = [_with_parts(turn) for turn in turns_of(row)]
-        encoded = [{"path": source, "bytes": None} if isinstance(source, str) else source for source in found]
-        return {"images": encoded, "prompt": turns[:-1], "completion": turns[-1:]}
+        turns = [with_parts(turn) for turn in turns_of(row)]
+        return {"images": [images.as_kept(source) for source in found], "prompt": turns[:-1], "completion": turns[-1:]}
 
     features = Features({"images": List(Image(decode=False)), "prompt": List(Json()), "completion": List(Json())})
     converted = rows.map(convert, remove_columns=rows.column_names, features=features)
     return converted.cast_column("images", List(Image()))
 
 
-def _with_parts(turn: dict[str, Any]) -> dict[str, Any]:
-    """A turn whose text says `<image>`, with its content in parts."""
-    content = turn["content"]
-    if not isinstance(content, str) or MARK not in content:
+def with_parts(turn: dict[str, Any]) -> dict[str, Any]:
+    """The turn, with its content in parts when its text says `<image>`."""
+    content = turn.get("content")
+    if isinstance(content, list):  # a table fills parts up with nulls, which TRL takes for images
+        return {**turn, "content": [{name: v for name, v in part.items() if v is not None} for part in content]}
+    if content is None or MARK not in content:
         return turn
     pieces = [piece for piece in re.split(rf"({MARK})\n?", content) if piece]
     parts = [{"type": "image"} if piece == MARK else {"type": "text", "text": piece} for piece in pieces]

@@ -29,16 +29,50 @@ KINDS = {"vqa_accuracy": False, "caption_accuracy": True}  # metric -> whether i
 
 
 def blind(rows: Sequence[Row], how: str) -> list[Row]:
-    """The same questions with the images of other rows, in a fixed random order, or with gray ones of the same size."""
+    """The same questions with the images of other rows, in a fixed random order, or with gray ones of the same size.
+
+    Every row keeps the number of its images. No row gets its own, unless it has more than half of all.
+    """
     from PIL import Image
 
     assert how in BLIND
-    if how == "shuffled":
-        order = list(range(len(rows)))
-        random.Random(0).shuffle(order)
-        return [{**row, "images": rows[i]["images"]} for row, i in zip(rows, order, strict=True)]
-    gray = (128, 128, 128)
-    return [{**row, "images": [Image.new("RGB", image.size, gray) for image in row["images"]]} for row in rows]
+    if how == "blank":
+        gray = (128, 128, 128)
+        return [{**row, "images": [Image.new("RGB", image.size, gray) for image in row["images"]]} for row in rows]
+    order = list(range(len(rows)))
+    random.Random(0).shuffle(order)
+    images = [image for i in order for image in rows[i]["images"]]
+    shift = max((len(row["images"]) for row in rows), default=0)
+    others = iter([*images[shift:], *images[:shift]])
+    dealt = {i: [next(others) for _ in rows[i]["images"]] for i in order}
+    return [{**row, "images": dealt[i]} for i, row in enumerate(rows)]
+
+
+class PromptProcessor:
+    """A processor whose prompts begin as the checkpoint knows them, for a collator that would leave special tokens out.
+
+    TRL leaves them out because a chat template may bring them. Where it does not, `apply_chat_template` and published code
+    let the tokenizer put its own first (Llama, OPT): so it is done here, in training and in evaluation alike.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.processor, name)
+
+    def __call__(self, images: Any = None, text: Any = None, **options: Any) -> Any:
+        if images is not None:  # a prompt; answers come without images
+            bos = self.processor.tokenizer.bos_token
+            options["add_special_tokens"] = not (bos and text[0].startswith(bos))
+        return self.processor(images=images, text=text, **options)
+
+
+def blind_query(rows: Sequence[Row], how: str) -> list[Row]:
+    """The same with the last image of each row alone exchanged: the examples before it keep theirs."""
+    asked = blind([{**row, "images": row["images"][-1:]} for row in rows], how)
+    pairs = zip(rows, asked, strict=True)
+    return [{**row, "images": [*row["images"][:-1], *other["images"]]} for row, other in pairs]
 
 
 def encode_prompts(processor: Any, rows: Sequence[Row]) -> Any:
@@ -47,8 +81,8 @@ def encode_prompts(processor: Any, rows: Sequence[Row]) -> Any:
 
     prompts = [prepare_multimodal_messages(row["prompt"], images=row["images"]) for row in rows]
     texts = [processor.apply_chat_template(p, add_generation_prompt=True, tokenize=False) for p in prompts]
-    options = {"padding": True, "padding_side": "left", "return_tensors": "pt", "add_special_tokens": False}
-    inputs = processor(images=[row["images"] for row in rows], text=texts, **options)
+    images = [row["images"] for row in rows]
+    inputs = PromptProcessor(processor)(images, texts, padding=True, padding_side="left", return_tensors="pt")
     return padded(inputs, "left")
 
 

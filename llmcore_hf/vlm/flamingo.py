@@ -12,6 +12,8 @@ Trainer: transformers' Trainer with TRL's collator for images.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +27,9 @@ from llmcore_hf.config import Config, RunArguments
 from llmcore_hf.curves import HELD_OUT, TRAIN, Line, Panel
 from llmcore_hf.data.loading import DataArguments, Splits
 from llmcore_hf.data.shapes import SHOTS, few_shot_rows
-from llmcore_hf.stats import unpaired_interval
-from llmcore_hf.vlm import training
-from llmcore_hf.vlm.evaluation import HeldOut, encode_prompts, scores
+from llmcore_hf.stats import paired_interval, unpaired_interval
+from llmcore_hf.vlm import pictures, training
+from llmcore_hf.vlm.evaluation import BLIND, HeldOut, blind_query, encode_prompts, scores
 from llmcore_hf.vlm.flamingo_model import FlamingoConfig, FlamingoForConditionalGeneration
 from llmcore_hf.vlm.lesson import USAGE, VisionLesson
 from llmcore_hf.vlm.training import Stage, StagedTrainer, VisionArguments, VisionJob
@@ -36,8 +38,9 @@ if TYPE_CHECKING:
     import numpy as np
     from trl import SFTConfig
 
-house_defaults = training.house_defaults
+house_defaults, only_asks = training.house_defaults, training.only_asks
 NEW = ("resampler", "cross_attentions")  # what learns
+FROZEN = ("vision_model", "language_model")
 N_SHOT_ROWS = 120  # held-out questions for each number of examples
 
 
@@ -134,20 +137,23 @@ class Flamingo(VisionLesson):
         trainer.gate_learning_rate = config.part(FlamingoArguments).gate_learning_rate
         rows = splits.train
         n_turns = [len(row["prompt"]) for row in rows.select_columns(["prompt"])]  # rows with examples are much longer
-        stage = Stage("training", n_steps, args.learning_rate, learns, range(len(rows)), n_turns)
+        stage = Stage("training", n_steps, args.learning_rate, learns, range(len(rows)), FROZEN, n_turns)
         trainer.begin([stage])
         return trainer
 
     def measure(
         self, trainer: StagedTrainer, job: VisionJob, splits: Splits, held_out: HeldOut
     ) -> dict[str, list[float]]:
-        """Accuracy with 0, 1, 2 and 4 examples; the questions differ, for each has its own examples."""
+        """Accuracy with 0, 1, 2 and 4 examples, and beside it that of the blind, who get the same examples and another
+        image to tell about, or a blank one. The questions differ, for each number has its own examples."""
         if splits.source != "toy-shapes-few-shot":
             return {}
         measured = {}
         for n in SHOTS:
             rows = few_shot_rows("test", N_SHOT_ROWS, [n])
-            measured[f"shots/{n}"] = scores(rows, held_out.ask(rows, trainer, job).texts)
+            shown = {"": rows} | {f"/{how}": blind_query(rows, how) for how in BLIND}
+            for suffix, asked in shown.items():
+                measured[f"shots/{n}{suffix}"] = scores(rows, held_out.ask(asked, trainer, job).texts)
         return measured
 
     def start_checks(self, trainer: StagedTrainer, job: VisionJob, splits: Splits) -> list[Check]:
@@ -190,8 +196,19 @@ class Flamingo(VisionLesson):
                 "95 % interval of what the best number of examples adds over none lies above 0",
                 "问题没说问什么，只有示例说了：有示例不比没有好，说明没有从上下文学习。",
                 "The question does not say what is meant, only examples do: if they do not help, nothing is learned in context.",
-            )
+            ),
+            *(_sees_with_examples(best, how, block, after) for how in BLIND),
         ]
+
+    def own_panels(self, block: dict[str, Any]) -> list[Callable[[Any], None]]:
+        """Accuracy over the number of examples, beside the blind."""
+        names = [f"shots/{n}" for n in SHOTS]
+        if names[0] not in block["after"]:
+            return []
+        series = {"": "after training", "/shuffled": "blind: another image", "/blank": "blind: a blank image"}
+        lines = {label: [block["after"][f"{name}{suffix}"] for name in names] for suffix, label in series.items()}
+        lines["before training"] = [block["before"][name] for name in names]
+        return [functools.partial(pictures.draw_shots, shots=SHOTS, lines=lines)]
 
     def look(self, model: Any, job: VisionJob, rows: list[dict[str, Any]]) -> tuple[list[str], np.ndarray]:
         """What the last token of the prompt sees: weights of cross-attention over latents times the resampler's over patches."""
@@ -208,6 +225,28 @@ class Flamingo(VisionLesson):
             latents = weights.unflatten(-1, (-1, model.config.num_latents)).sum(dim=1)  # (B, L)
             maps[f"layer {i + 1}"] = torch.einsum("bl,blp->bp", latents, resampled[last])
         return training.as_grids(maps)
+
+
+def _sees_with_examples(best: int, how: str, block: dict[str, Any], after: dict[str, list[float]]) -> Check:
+    """Examples may teach which answers are possible; the image must tell which is right."""
+    name = f"shots/{best}"
+    low, high = paired_interval(after[f"{name}/{how}"], after[name])
+    return Check(
+        f"flamingo.sees_with_examples_more_than_{how}",
+        "learning",
+        low > 0,
+        {
+            "examples": best,
+            "accuracy": block["after"][name],
+            how: block["after"][f"{name}/{how}"],
+            "from": low,
+            "to": high,
+        },
+        "95 % interval of what the accuracy with examples exceeds the blind baseline by, who has the same examples, lies above 0",
+        "示例会告诉模型可能的答案有哪些；换掉或抹掉要问的图，如果还答得一样好，那是照着示例猜，没有看图。",
+        "Examples tell which answers are possible: who answers as well with the image in question exchanged or blank "
+        "guesses from them and does not look.",
+    )
 
 
 LESSON = Flamingo()

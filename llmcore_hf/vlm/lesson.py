@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from llmcore_hf.data.reading import toy_dataset
 from llmcore_hf.errors import UserError
 from llmcore_hf.run_dir import RunDirectory
 from llmcore_hf.vlm import evaluation, images, pictures, training
-from llmcore_hf.vlm.data import answer_of, is_caption, load_splits, question_of
+from llmcore_hf.vlm.data import answer_of, is_caption, load_splits, question_of, with_parts
 from llmcore_hf.vlm.evaluation import HeldOut
 from llmcore_hf.vlm.training import Stage, StagedTrainer, VisionArguments, VisionJob
 from llmcore_hf.vlm.vision_cache import CachedCollator, VisionCache
@@ -52,7 +53,6 @@ class VisionLesson:
         images_per_row: how many images a question has; None for any number.
         default_template: the chat template of a checkpoint that has none.
         panels: what its curves show besides losses and accuracies.
-        loss_title: what its loss is.
         usage: how the model card loads what the run saved.
     """
 
@@ -63,7 +63,6 @@ class VisionLesson:
     images_per_row: int | None = None
     default_template: str | None = None
     panels: tuple[Panel, ...] = ()
-    loss_title: str = "Loss of the next token"
     usage: str = USAGE
 
     def make_trainer(self, config: Config, job: VisionJob, splits: Splits, args: SFTConfig) -> StagedTrainer:
@@ -77,8 +76,8 @@ class VisionLesson:
         cache = VisionCache(
             model.get_submodule(self.tower), job.processor, splits.train, trainer.args.per_device_train_batch_size
         )
-        collator: Any = trainer.data_collator
-        getattr(collator, "collator", collator).processor = cache.processor
+        collator = trainer.data_collator
+        training.set_processor(collator, cache.processor)
         trainer.train_dataset, trainer.data_collator = cache.rows, CachedCollator(collator, cache)
 
     def look(self, model: Any, job: VisionJob, rows: list[dict[str, Any]]) -> tuple[list[str], np.ndarray]:
@@ -107,6 +106,14 @@ class VisionLesson:
     def end_checks(self, block: dict[str, Any], after: dict[str, list[float]]) -> list[Check]:
         """What should have been learned, from the `eval` block and the values per row after training."""
         return []
+
+    def own_panels(self, block: dict[str, Any]) -> list[Callable[[Any], None]]:
+        """What its curves show that no log history holds, each drawn on axes of its own, from the `eval` block."""
+        return []
+
+    def shown_history(self, history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The log history as its curves show it: without what must not stand on one axis with the rest."""
+        return history
 
     def run(self, config: Config, run_dir: RunDirectory) -> None:
         """Load, evaluate, train, evaluate again on the same held-out rows, check, and write the evidence."""
@@ -185,20 +192,27 @@ class VisionLesson:
         block = run_dir.summary["eval"]
         run_dir.write(
             "training_curves.png",
-            pictures.curves(f"{self.title}: {where}", run_dir.history, block, self.loss_title, self.panels),
+            pictures.curves(
+                f"{self.title}: {where}",
+                self.shown_history(run_dir.history),
+                block,
+                self.panels,
+                self.own_panels(block),
+            ),
         )
         shown = spread(len(rows), N_GRID)
         title = f"{self.title}: held-out images, after training"
         run_dir.write("held_out.png", pictures.grid(title, [rows[i] for i in shown], [answers[i] for i in shown]))
-        asked = [row for row in rows if not is_caption(row)] or rows
-        chosen = [asked[i] for i in spread(len(asked), N_MAPS)]
+        asked = [i for i, row in enumerate(rows) if not is_caption(row)] or list(range(len(rows)))
+        numbers = [asked[i] for i in spread(len(asked), N_MAPS)]
+        chosen = [rows[i] for i in numbers]
         model = trainer.accelerator.unwrap_model(trainer.model)
         with text_evaluation.evaluating(model):
             names, maps = self.look(model, job, chosen)
-        captions = [f"{question_of(row)} {answer_of(row)}" for row in chosen]
-        run_dir.write(
-            "attention.png", pictures.attention(f"{self.title}: where it looks", chosen, maps, names, captions)
-        )
+        seen = [pictures.seen_by(job.processor.image_processor, row["images"][-1]) for row in chosen]
+        said = [answers[i] for i in numbers]
+        title = f"{self.title}: where it looks"
+        run_dir.write("attention.png", pictures.attention(title, chosen, seen, maps, names, said))
 
 
 def mean_of(values: list[float]) -> tuple[float, int]:
@@ -236,7 +250,7 @@ def answer_question(config: Config, job: VisionJob, args: Any, run_dir: RunDirec
         UserError: an image cannot be read, or the model cannot be loaded.
     """
     from accelerate import Accelerator
-    from transformers import AutoModelForImageTextToText
+    from safetensors import SafetensorError
 
     options = config.part(VisionArguments)
     pictures_given = []
@@ -247,10 +261,11 @@ def answer_question(config: Config, job: VisionJob, args: Any, run_dir: RunDirec
             raise UserError(f"--image: {error}") from None
     accelerator = Accelerator(cpu=args.use_cpu)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(job.path, **(args.model_init_kwargs or {}))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"the model {job.name} cannot be loaded: {' '.join(str(error).split())}") from error
-    row = {"images": pictures_given, "prompt": [{"role": "user", "content": options.question}]}
+        model = training.load_whole(job, **(args.model_init_kwargs or {}))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"the model {job.name} cannot be loaded: {reason}. Is it whole? Else fetch it again") from error
+    row = {"images": pictures_given, "prompt": [with_parts({"role": "user", "content": options.question})]}
     n_tokens = config.part(text_evaluation.GenerationArguments).max_new_tokens
     answers = evaluation.generate(model.to(accelerator.device), job.processor, [row], n_tokens, 1, accelerator)
     if distributed.is_main_process():

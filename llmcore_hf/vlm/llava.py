@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from trl import SFTTrainer
 
 from llmcore_hf.alignment.evaluation import GenerationArguments
@@ -31,9 +32,9 @@ if TYPE_CHECKING:
     import numpy as np
     from trl import SFTConfig
 
-house_defaults = training.house_defaults
+house_defaults, only_asks = training.house_defaults, training.only_asks
 check = training.check_options
-PROJECTOR, TOWER = "multi_modal_projector", "vision_tower"
+PROJECTOR, TOWER, LANGUAGE_MODEL = "multi_modal_projector", "vision_tower", "language_model"
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
@@ -68,20 +69,37 @@ class Llava(VisionLesson):
         trainer.begin(
             [
                 Stage(
-                    "alignment", lengths[0], options.stage1_learning_rate, lambda n: PROJECTOR in n, caption_rows(rows)
+                    "alignment",
+                    lengths[0],
+                    options.stage1_learning_rate,
+                    lambda n: PROJECTOR in n,
+                    caption_rows(rows),
+                    frozen=(TOWER, LANGUAGE_MODEL),
                 ),
-                Stage("instruction tuning", lengths[1], args.learning_rate, lambda n: TOWER not in n, range(len(rows))),
+                Stage(
+                    "instruction tuning",
+                    lengths[1],
+                    args.learning_rate,
+                    lambda n: TOWER not in n,
+                    range(len(rows)),
+                    frozen=(TOWER,),
+                ),
             ]
         )
         return trainer
 
     def look(self, model: Any, job: VisionJob, rows: list[dict[str, Any]]) -> tuple[list[str], np.ndarray]:
-        """For each layer, attention from the last token of the prompt to the tokens of the image, averaged over heads."""
+        """For each layer, attention from the last token of the prompt to the tokens of the last image, averaged over heads."""
         inputs = encode_prompts(job.processor, rows).to(model.device)
         with training.eager_attention(model):
             attentions = model(**inputs, output_attentions=True).attentions  # layers of (B, H, T, T)
         image_tokens = inputs["input_ids"] == job.processor.image_token_id  # (B, T)
-        maps = [a[:, :, -1].mean(dim=1)[image_tokens].view(len(rows), -1) for a in attentions]
+        n_patches = int(image_tokens.sum()) // sum(len(row["images"]) for row in rows)
+        last = [mask.nonzero().squeeze(1)[-n_patches:] for mask in image_tokens]  # places of each row's last image
+        maps = [
+            torch.stack([w[places] for w, places in zip(a[:, :, -1].mean(dim=1), last, strict=True)])
+            for a in attentions
+        ]
         return training.as_grids({f"layer {i + 1}": m for i, m in enumerate(maps)})
 
 

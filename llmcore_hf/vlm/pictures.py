@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from llmcore_hf.curves import HELD_OUT, REJECTED, TRAIN, Line, Panel, draw, png, pyplot
+from llmcore_hf.curves import HELD_OUT, REJECTED, SHARE, TRAIN, Line, Panel, draw, png, pyplot
+from llmcore_hf.fonts import BUNDLED, families_for
 from llmcore_hf.vlm.data import answer_of, question_of
 
 RIGHT, WRONG = "#2ca02c", "#d62728"
+GLOW = (0.9, 0.3, 0.0)  # where attention is
 COLUMNS = 6
+NO_FONT = "[no font here has this text]"
 ARCHITECTURES = ("#1f77b4", "#ff7f0e", "#2ca02c")  # compared side by side
 PARTS = ("vision tower", "connector", "language model")
 LAYERS = ("#9ecae1", "#3182bd", "#08519c")  # of a stacked bar
@@ -19,19 +22,17 @@ LAYERS = ("#9ecae1", "#3182bd", "#08519c")  # of a stacked bar
 
 def grid(title: str, rows: Sequence[dict[str, Any]], answers: Sequence[str]) -> bytes:
     """PNG of the images with question, answer (green when right) and, when it is wrong, the truth."""
-    n_rows = -(-len(rows) // COLUMNS)
+    columns = min(COLUMNS, len(rows))
+    n_rows = -(-len(rows) // columns)
     figure, axes = pyplot().subplots(
-        n_rows, COLUMNS, figsize=(2.1 * COLUMNS, 2.75 * n_rows), squeeze=False, layout="constrained"
+        n_rows, columns, figsize=(2.1 * columns, 2.75 * n_rows), squeeze=False, layout="constrained"
     )
     figure.suptitle(_ascii(title), fontsize=13, fontweight="bold")
     for axis, row, answer in zip(axes.flat, rows, answers, strict=False):
-        truth = answer_of(row)
-        right = answer.strip() == truth.strip()
         axis.imshow(row["images"][-1], interpolation="nearest")
-        axis.set_title(_wrap(question_of(row)), fontsize=8.5)
-        axis.set_xlabel(
-            _wrap(answer if right else f"{answer}\ntruth: {truth}"), fontsize=8.5, color=RIGHT if right else WRONG
-        )
+        said, color = _answered(row, answer)
+        _write(axis.set_title, question_of(row), 8.5)
+        _write(axis.set_xlabel, said, 8.5, color=color)
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
@@ -40,41 +41,69 @@ def grid(title: str, rows: Sequence[dict[str, Any]], answers: Sequence[str]) -> 
 
 
 def attention(
-    title: str, rows: Sequence[dict[str, Any]], maps: np.ndarray, names: Sequence[str], captions: Sequence[str]
+    title: str,
+    rows: Sequence[dict[str, Any]],
+    seen: Sequence[np.ndarray],
+    maps: np.ndarray,
+    names: Sequence[str],
+    answers: Sequence[str],
 ) -> bytes:
-    """PNG of each image and, beside it, the same image lit where the attention is; the brightest patch has the largest weight.
+    """PNG of what the model saw with question and answer and, beside it, the same in gray, colored where the attention is.
 
     Args:
-        maps: (N, K, side, side), weights of K maps for each of N images.
+        seen: N images as the model sees them, cut and scaled, (H, W, 3) in [0, 1]: see `seen_by`.
+        maps: (N, K, side, side), weights of K maps over the patches of each of the N images.
         names: K titles.
-        captions: N texts, one for each image.
+        answers: N answers of the model.
     """
     n, k = maps.shape[:2]
-    figure, axes = pyplot().subplots(n, k + 1, figsize=(1.9 * (k + 1), 2.2 * n), squeeze=False, layout="constrained")
+    figure, axes = pyplot().subplots(n, k + 1, figsize=(1.9 * (k + 1), 2.5 * n), squeeze=False, layout="constrained")
     figure.suptitle(_ascii(title), fontsize=12, fontweight="bold")
-    for i, row in enumerate(rows):
-        image = row["images"][-1]
-        width, height = image.size
+    for i, (row, image) in enumerate(zip(rows, seen, strict=True)):
         for j, axis in enumerate(axes[i]):
-            axis.imshow(image, interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])
-            if j:  # a dark veil that lifts where the weight is
-                weights = maps[i, j - 1]
-                veil = np.zeros((*weights.shape, 4))
-                veil[..., 3] = 0.85 * (1 - weights / max(weights.max(), 1e-9))
-                axis.imshow(veil, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="nearest")
-                axis.set_xlabel(f"largest {weights.max():.2f}", fontsize=7.5)
+            if j:
+                axis.imshow(glowing(image, maps[i, j - 1]), interpolation="nearest")
+                axis.set_xlabel(f"largest {maps[i, j - 1].max():.2f}", fontsize=7.5)
+            else:
+                axis.imshow(image, interpolation="nearest")
             if i == 0:
-                axis.set_title("image" if j == 0 else names[j - 1], fontsize=9)
-        axes[i][0].set_xlabel(_wrap(captions[i], 24), fontsize=8)
+                axis.set_title(names[j - 1] if j else "what the model sees", fontsize=9)
+        said, color = _answered(row, answers[i])
+        _write(axes[i][0].set_xlabel, f"{question_of(row)}\n{said}", 8, 24, color=color)
     return png(figure)
 
 
+def seen_by(image_processor: Any, image: Any) -> np.ndarray:
+    """What a model sees of an image, (H, W, 3) in [0, 1]: after cutting and scaling, without the normalisation."""
+    pixels = image_processor([image], return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)  # (H, W, 3)
+    if image_processor.do_normalize:
+        pixels = pixels * np.array(image_processor.image_std) + np.array(image_processor.image_mean)
+    largest = 1.0 if image_processor.do_rescale else 255.0
+    return np.clip(pixels / largest, 0, 1)
+
+
+def glowing(image: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The image, (H, W, 3), in pale gray, and a color over its patches, (side, side), that is strongest at the largest weight.
+
+    Gray is lifted, so that a dark photo is no black square.
+    """
+    gray = 0.35 + 0.6 * image.mean(axis=-1, keepdims=True)
+    strength = weights / max(weights.max(), 1e-9)  # (side, side), at most 1
+    rows, columns = (np.arange(size) * side // size for size, side in zip(image.shape, weights.shape, strict=False))
+    alpha = 0.8 * strength[np.ix_(rows, columns)][..., None]  # (H, W, 1)
+    return (1 - alpha) * gray + alpha * np.array(GLOW)
+
+
 def curves(
-    title: str, history: list[dict[str, Any]], block: dict[str, Any], loss_title: str, panels: Sequence[Panel] = ()
+    title: str,
+    history: list[dict[str, Any]],
+    block: dict[str, Any],
+    panels: Sequence[Panel] = (),
+    own: Sequence[Callable[[Any], None]] = (),
 ) -> bytes:
-    """`training_curves.png`: losses, accuracy beside the blind baseline, and the result before and after."""
+    """`training_curves.png`: losses, accuracy beside the blind baseline, what the module adds, and the result before and after."""
     shown = {
         "vqa_accuracy": "questions",
         "vqa_accuracy/shuffled": "blind: other images",
@@ -82,13 +111,14 @@ def curves(
         "caption_accuracy": "captions",
         "caption_accuracy/shuffled": "captions, blind: other images",
         "hard/vqa_accuracy": "questions, unseen pairs",
+        "frozen_lm/vqa_accuracy": "questions, language model frozen",
     }
     bars = {
         label: (block["before"][name], block["after"][name]) for name, label in shown.items() if name in block["after"]
     }
     standard = [
         Panel(
-            loss_title,
+            "Loss of the next token",
             (Line("loss", "training", TRAIN), Line("eval_loss", "held-out (validation)", HELD_OUT, "o")),
         ),
         Panel(
@@ -97,9 +127,24 @@ def curves(
                 Line("eval_vqa_accuracy", "held-out (validation)", HELD_OUT, "o"),
                 Line("eval_vqa_accuracy_blind", "blind: images of other rows", REJECTED, "o"),
             ),
+            limits=SHARE,
         ),
     ]
-    return draw(title, history, [*standard, *panels], bars)
+    return draw(title, history, [*standard, *panels], bars, own)
+
+
+def draw_shots(axis: Any, shots: Sequence[int], lines: dict[str, list[float]]) -> None:
+    """Accuracy over the number of examples; the first line is what counts, the others it is held against."""
+    colors = (HELD_OUT, REJECTED, REJECTED, "#c7c7c7")
+    styles = ("-", "-", ":", "--")
+    for (label, values), color, style in zip(lines.items(), colors, styles, strict=True):
+        axis.plot(range(len(shots)), values, style, color=color, marker="o", markersize=4, label=label)
+    axis.set_xticks(range(len(shots)), [str(n) for n in shots])
+    axis.set_ylim(*SHARE)
+    axis.set_title("Questions that only examples explain", fontsize=11)
+    axis.set_xlabel("examples before the question")
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=9, frameon=False)
 
 
 def comparison(
@@ -218,12 +263,33 @@ def _draw_speed(axis: Any, names: list[str], table: dict[str, Any], colors: dict
     axis.legend(fontsize=8, frameon=False)
 
 
-def _wrap(text: str, width: int = 22) -> str:
-    import textwrap
+def _answered(row: dict[str, Any], answer: str) -> tuple[str, str]:
+    """What was answered and, when it is wrong, the truth; and its color."""
+    truth, given = answer_of(row).strip(), answer.strip()
+    return (given, RIGHT) if given == truth else (f"{given or '(nothing)'}\ntruth: {truth}", WRONG)
 
-    return "\n".join(line for part in _ascii(text).split("\n") for line in textwrap.wrap(part, width)[:3])
+
+def _write(setter: Callable[..., Any], text: str, size: float, width: int = 22, **style: Any) -> None:
+    """Put a text on an axis in fonts that have it, each of its lines on at most three; a mark shows what is left out."""
+    lines: list[str] = []
+    families = [BUNDLED]
+    for part in text.split("\n"):
+        found = families_for(part)
+        families += found or []
+        lines += _wrapped(part if found else NO_FONT, width)
+    setter("\n".join(lines).replace("$", r"\$"), fontsize=size, family=list(dict.fromkeys(families)), **style)
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    import textwrap
+    from unicodedata import east_asian_width
+
+    wide = sum(east_asian_width(c) in "WF" for c in text)
+    if wide > len(text) / 2:
+        width //= 2  # these are twice as wide, and no spaces stand between them
+    return textwrap.wrap(text, width, max_lines=3, placeholder=" …")
 
 
 def _ascii(text: str) -> str:
-    """The bundled font has no CJK glyphs: what it cannot draw becomes a question mark, not an empty box."""
+    """Titles are written in the bundled font, which has no CJK glyphs: what it cannot draw becomes a question mark."""
     return text.encode("ascii", "replace").decode().replace("$", r"\$")

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,16 +21,19 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, get_schedule
 
 from llmcore_hf.alignment import training
 from llmcore_hf.alignment.evaluation import evaluating
-from llmcore_hf.config import Config, plain
+from llmcore_hf.config import COMMAND_LINE, Config, plain
 from llmcore_hf.errors import UserError
 from llmcore_hf.models import loading
 from llmcore_hf.stats import paired_interval
 from llmcore_hf.vlm import evaluation, tiny
-from llmcore_hf.vlm.data import is_caption
+from llmcore_hf.vlm.data import MARK, is_caption
 
 if TYPE_CHECKING:
     import numpy as np
     from datasets import Dataset
+
+
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
 @dataclass
@@ -58,9 +62,10 @@ class VisionArguments:
 
 @dataclass
 class VisionJob(training.Job):
-    """A checkpoint with its processor."""
+    """A checkpoint with its processor; `adapter` is the folder of a LoRA adapter on it, which changes what `path` holds."""
 
     processor: Any = None
+    adapter: str | None = None
 
 
 def house_defaults(explicit: dict[str, Any]) -> dict[str, Any]:
@@ -73,13 +78,22 @@ def house_defaults(explicit: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_options(config: Config) -> list[str]:
+def only_asks(config: Config) -> bool:
+    """Whether the run trains nothing and answers a question."""
+    return config.values["image"] is not None or config.values["question"] is not None
+
+
+def check_options(config: Config, images_per_row: int | None = None) -> list[str]:
     """Impossible combinations of options that all vision modules have; one sentence each."""
-    values = config.values
-    asks = values["image"] is not None or values["question"] is not None
-    problems = training.check_options(config, tiny.TINY_VLMS, needs_dataset=not asks)
-    if asks and not (values["image"] and values["question"]):
-        problems.append("--image and --question belong together: give both")
+    values, asks = config.values, only_asks(config)
+    problems = training.check_options(
+        config, tiny.TINY_VLMS, needs_dataset=not asks, merge=None if asks else merge_into_vision_model
+    )
+    problems += _check_question(config, images_per_row) if asks else []
+    if values["max_generation_samples"] == 0:
+        problems.append(
+            "--max_generation_samples must be greater than 0: the run is judged by answers to held-out questions"
+        )
     if values["stage1_steps"] < 0 or 0 < values["max_steps"] <= values["stage1_steps"]:
         problems.append(
             f"--stage1_steps {values['stage1_steps']} must leave steps for the second stage: less than --max_steps "
@@ -91,6 +105,39 @@ def check_options(config: Config) -> list[str]:
         if values[name]:
             problems.append(f"--{name} is not available with images: leave it off")
     return problems + _check_schedule(values)
+
+
+def _check_question(config: Config, images_per_row: int | None) -> list[str]:
+    values = config.values
+    files, question = values["image"], values["question"]
+    if not files or question is None:
+        return ["--image and --question belong together: give both"]
+    problems, n_marks = [], question.count(MARK)
+    if not question.replace(MARK, "").strip():
+        problems.append("--question is empty: ask something about the image")
+    if images_per_row is not None and len(files) != images_per_row:
+        problems.append(
+            f"--image names {len(files)} images, but this model takes {images_per_row} for each question: ask about one at a "
+            "time"
+        )
+    elif n_marks not in (0, len(files)):
+        problems.append(
+            f"--question has {n_marks} times `{MARK}`, but --image names {len(files)} image(s): let each image have one, where "
+            "it stands in the text, or leave all of them out"
+        )
+    if config.sources["dataset_name"] == COMMAND_LINE and values["dataset_name"]:
+        problems.append("--image asks and trains nothing, so --dataset_name would not be read: leave one of them off")
+    return problems
+
+
+def merge_into_vision_model(adapter: str) -> str:
+    """Python that merges a LoRA adapter into its base, for a message. PEFT's own Auto classes know no class for images."""
+    return (
+        "from peft import PeftModel; from transformers import AutoModelForImageTextToText, AutoProcessor; "
+        f"base = AutoModelForImageTextToText.from_pretrained({loading.base_of(adapter)!r}); "
+        f"PeftModel.from_pretrained(base, {adapter!r}).merge_and_unload().save_pretrained('merged'); "
+        f"AutoProcessor.from_pretrained({adapter!r}).save_pretrained('merged')"
+    )
 
 
 def _check_schedule(values: dict[str, Any]) -> list[str]:
@@ -119,20 +166,36 @@ def prepare(
     set_seed(args.seed)
     name = str(model_args.model_name_or_path)
     path = str(tiny.ensure(name)) if name in tiny.TINY_VLMS else loading.resolve_name(name)
+    adapter = path if loading.is_adapter(path) else None
+    path = loading.base_of(adapter) if adapter else path
     options = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
     loading.load_tokenizer(path, **options)  # fails first, with a clear message
     kind = AutoConfig.from_pretrained(path, **options).model_type
     if kind not in kinds:
         raise UserError(f"{name} is a model of type `{kind}`; module `{config.module}` takes {' or '.join(kinds)}")
     try:
-        processor = AutoProcessor.from_pretrained(path, **options)
+        has_processor = adapter and any(Path(adapter, name).is_file() for name in PROCESSOR_FILES)
+        processor = AutoProcessor.from_pretrained(adapter if has_processor else path, **options)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{name} has no processor that can be loaded: {' '.join(str(error).split())}") from error
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template or default_template
     if not processor.chat_template:
         raise UserError(f"{name} has no chat template: take a checkpoint that was trained on conversations")
     args.model_init_kwargs = loading.init_kwargs(model_args, args.model_init_kwargs)
-    return VisionJob(name, path, processor.tokenizer, loading.context_length(path, **options), processor)
+    return VisionJob(name, path, processor.tokenizer, loading.context_length(path, **options), processor, adapter)
+
+
+def load_whole(job: VisionJob, **options: Any) -> Any:
+    """The model to ask: the checkpoint, with its adapter merged into it."""
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(job.path, **options)
+    if job.adapter is None:
+        return model
+    from peft import PeftModel
+
+    merged: Any = PeftModel.from_pretrained(model, job.adapter)
+    return merged.merge_and_unload()
 
 
 # --- stages ---------------------------------------------------------------------------------------------------------
@@ -147,6 +210,7 @@ class Stage:
         learning_rate: the peak of its own schedule.
         trains: name of a parameter -> whether it learns; those that the checkpoint or PEFT froze never do.
         rows: numbers of the training rows it draws from.
+        frozen: parts of the model that must stay as they are, by a module's name: what is checked, whatever `trains` says.
         lengths: for each training row how long it is, in any unit, when they differ much: batches are then of similar rows,
             and little is padded.
     """
@@ -156,6 +220,7 @@ class Stage:
     learning_rate: float
     trains: Callable[[str], bool]
     rows: Sequence[int]
+    frozen: Sequence[str] = ()
     lengths: Sequence[int] | None = None
 
 
@@ -239,8 +304,10 @@ class StageCallback(TrainerCallback):
             self.moved += [name for name in after if after[name] != self.before[name]]
 
     def _frozen(self) -> dict[str, torch.nn.Parameter]:
+        """What must not learn now: what the stage names, and whatever does not require a gradient."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        return {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        parts = set(self.current.frozen) if self.current else set()
+        return {n: p for n, p in model.named_parameters() if not p.requires_grad or parts & set(n.split("."))}
 
 
 def digests(parameters: dict[str, torch.nn.Parameter]) -> dict[str, str]:
@@ -272,6 +339,7 @@ class StagedTrainer(Trainer):
         self.stages = [stage for stage in stages if stage.n_steps]
         self.ends = list(itertools.accumulate(stage.n_steps for stage in self.stages))
         self.at_end_of = lambda stage: None
+        set_processor(self.data_collator, self.processing_class)
         for name, parameter in self.model.named_parameters():
             if not any(stage.trains(name) for stage in self.stages):
                 parameter.requires_grad_(False)
@@ -352,6 +420,11 @@ class StagedTrainer(Trainer):
     def generation_inputs(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What of a batch the model takes to predict the answers."""
         return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def set_processor(collator: Any, processor: Any) -> None:
+    """Let TRL's collator, or the one within a module's own, make its prompts with the processor."""
+    getattr(collator, "collator", collator).processor = evaluation.PromptProcessor(processor)
 
 
 def stage_checks(prefix: str, trainer: StagedTrainer) -> list[Any]:

@@ -18,6 +18,7 @@ from datasets import Image, List
 from torch import nn
 
 from llmcore_hf.errors import UserError
+from llmcore_hf.vlm import images
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -137,8 +138,10 @@ def name_of(encoded: dict[str, Any]) -> Any:
 
 
 def key_of(image: Picture) -> bytes:
-    content = hashlib.blake2b(image.tobytes(), digest_size=16)
-    content.update(f"{image.mode} {image.size}".encode())
+    """A hash of what an image processor sees: colors, and not their numbers in a palette."""
+    seen = images.read(image)
+    content = hashlib.blake2b(seen.tobytes(), digest_size=16)
+    content.update(str(seen.size).encode())
     return content.digest()
 
 
