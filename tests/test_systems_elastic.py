@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import threading
 import time
@@ -106,13 +107,13 @@ class Here:
     def __init__(self) -> None:
         self.checks: list[Any] = []
         self.rows: list[dict[str, Any]] = []
-        self.files: list[str] = []
+        self.files: dict[str, Any] = {}
 
     def log(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
 
     def write(self, name: str, content: Any) -> None:
-        self.files.append(name)
+        self.files[name] = content
 
 
 def test_every_run_of_the_lesson_outlives_the_death_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +133,21 @@ def test_every_run_of_the_lesson_outlives_the_death_of_a_worker(monkeypatch: pyt
     elastic.run(SimpleNamespace(part=lambda kind: args), run_dir)  # type: ignore[arg-type]
     assert started == [2, 2, 2, 2, 1, 1, 4, 4]
     assert [row["loss"] for row in run_dir.rows] == [3.0, 2.5, 2.0]
-    assert run_dir.files == ["results.json", "training_curves.png"]
+    assert list(run_dir.files) == ["results.json", "training_curves.png"]
+
+
+def test_a_weight_that_is_no_number_stands_as_null_in_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(work: Any, n_ranks: int, job: Job, batches: Any, kill_at: int | None) -> Any:
+        Path(job.folder, "checkpoint-2").mkdir(parents=True, exist_ok=True)
+        weight = torch.full((1,), float("nan") if kill_at else 1.0)
+        return [{**END, "weights": {"w": weight}}] * n_ranks
+
+    monkeypatch.setattr(workers, "launch", launch)
+    run_dir: Any = Here()
+    elastic.run(SimpleNamespace(part=lambda kind: Args(max_steps=3, save_steps=2, kills=1)), run_dir)  # type: ignore[arg-type]
+    assert "NaN" not in run_dir.files["results.json"]
+    assert json.loads(run_dir.files["results.json"])["killed"][0]["apart"] is None
+    assert run_dir.checks[0].passed is False
 
 
 @pytest.mark.parametrize("rank", [0, 1])

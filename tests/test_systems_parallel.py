@@ -207,6 +207,18 @@ def test_other_architectures_are_split_as_rightly(architecture: str, name: str, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_ddp_sends_the_buckets_of_the_formula(architecture: str, one_thread: None) -> None:
+    """In float64 the model is larger than the first bucket, as the full recipe's is."""
+    training, shape = dataclasses.replace(TRAINING, dtype="float64"), ModelShape(architecture)
+    found, alone = outcome(BY_NAME["dp"], shape, training)
+    assert max(found.apart(alone).values()) < 1e-9
+    for rank in found.ranks:
+        assert rank["collectives"]["backward"]["all_reduce"]["calls"] == 2
+        assert not differences(rank["collectives"], expected_collectives(BY_NAME["dp"], shape, training, 0))
+
+
+@pytest.mark.slow
 def test_in_float64_what_is_left_is_rounding(one_thread: None) -> None:
     training = dataclasses.replace(TRAINING, dtype="float64")
     found, alone = outcome(BY_NAME["tp+sp"], ModelShape(), training)

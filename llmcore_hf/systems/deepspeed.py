@@ -35,6 +35,7 @@ from llmcore_hf.checks import Check
 from llmcore_hf.config import Config
 from llmcore_hf.errors import UserError
 from llmcore_hf.launch import MISSING_DEEPSPEED
+from llmcore_hf.run_dir import finite
 from llmcore_hf.systems import data_parallel, formulas, parallel, workers
 from llmcore_hf.systems.data_parallel import Engine
 from llmcore_hf.systems.parallel import ModelShape, Training
@@ -351,7 +352,7 @@ def run(config: Config, run_dir: RunDirectory) -> None:
     run_dir.checks += [*equality_checks(outcomes, alone, args.tolerance), engine_check(outcomes)]
     run_dir.checks += [*memory_checks(outcomes, shapes), traffic_check(outcomes, shapes)]
     run_dir.checks += [checkpoint_check(resumed, args.tolerance), learning_check(alone["losses"])]
-    run_dir.write("results.json", json.dumps(results(outcomes, alone, resumed), indent=1) + "\n")
+    run_dir.write("results.json", json.dumps(finite(results(outcomes, alone, resumed)), indent=1) + "\n")
     run_dir.write("training_curves.png", lesson.png(figures.draw(alone, outcomes)))
 
 

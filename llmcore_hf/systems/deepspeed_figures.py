@@ -100,7 +100,7 @@ def _draw_gradients(axis: Axes, outcomes: list[Outcome], n_parameters: int) -> N
             len(trace) + 2, rank["gradients_at_rest"] / n_parameters, "D", color=STAGES[engine.stage], markersize=6
         )
         if engine.stage == 2:
-            first = next((i for i, n in enumerate(trace, start=1) if n), 1)
+            first = 1 + max(range(1, len(trace)), key=lambda i: trace[i] - trace[i - 1])  # where it jumps
             axis.annotate(
                 "stage 2: rank 0 owns the front of the model,\nwhose gradients come last. At the first of\n"
                 "them DeepSpeed makes room for all",

@@ -33,6 +33,7 @@ from llmcore_hf import lesson
 from llmcore_hf.checks import Check
 from llmcore_hf.config import Config
 from llmcore_hf.durability import last_complete, mark_complete
+from llmcore_hf.run_dir import finite
 from llmcore_hf.systems import workers
 from llmcore_hf.systems.data_parallel import Engine, Replica, forward, make_replica, mean_over_ranks
 from llmcore_hf.systems.parallel import ModelShape, Training, largest_difference, learning_rate_problems, require_finite
@@ -221,7 +222,7 @@ def run(config: Config, run_dir: RunDirectory) -> None:
     for step, loss in enumerate(calm["losses"]):
         run_dir.log({"step": step + 1, "loss": loss})
     run_dir.checks += checks(calm, attempts, others, args)
-    run_dir.write("results.json", json.dumps(results(calm, attempts, others), indent=1) + "\n")
+    run_dir.write("results.json", json.dumps(finite(results(calm, attempts, others)), indent=1) + "\n")
     run_dir.write("training_curves.png", draw(calm, attempts, args))
 
 

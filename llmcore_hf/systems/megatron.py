@@ -32,6 +32,7 @@ from torch import Tensor
 from llmcore_hf import lesson
 from llmcore_hf.checks import Check
 from llmcore_hf.config import Config
+from llmcore_hf.run_dir import finite
 from llmcore_hf.systems import formulas, parallel, pipeline, workers
 from llmcore_hf.systems.parallel import Layout, ModelShape, Training
 from llmcore_hf.systems.pipeline import Span, ideal_bubble
@@ -495,7 +496,9 @@ def run(config: Config, run_dir: RunDirectory) -> None:
         *pipeline_checks(computed, declared),
         learning_check(alone["losses"]),
     ]
-    run_dir.write("results.json", json.dumps(results(alone, outcomes, plain, computed, declared), indent=1) + "\n")
+    run_dir.write(
+        "results.json", json.dumps(finite(results(alone, outcomes, plain, computed, declared)), indent=1) + "\n"
+    )
     shown = [*outcomes.values(), plain] if plain else list(outcomes.values())
     run_dir.write("training_curves.png", lesson.png(figures.draw_layouts(alone, shown, args)))
     run_dir.write(

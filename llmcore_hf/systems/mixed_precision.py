@@ -28,6 +28,7 @@ import torch
 from llmcore_hf import lesson
 from llmcore_hf.checks import Check
 from llmcore_hf.config import Config
+from llmcore_hf.run_dir import finite
 from llmcore_hf.systems import precision
 from llmcore_hf.systems.parallel import ModelShape, Training, learning_rate_problems, require_finite
 from llmcore_hf.systems.precision import REFERENCE, REGIMES, Regime, Scaling, Trajectory
@@ -152,7 +153,7 @@ def run(config: Config, run_dir: RunDirectory) -> None:
     run_dir.checks += [ran_check(found), limits_check(found), rounding_check(found), sums_check(found)]
     run_dir.checks += [window_check(found), rule_check(found, args), memory_check(found, n_parameters)]
     run_dir.checks += [*learning_checks(found), speed_check(found)]
-    run_dir.write("results.json", json.dumps(results(found), indent=1) + "\n")
+    run_dir.write("results.json", json.dumps(finite(results(found)), indent=1) + "\n")
     run_dir.write("training_curves.png", lesson.png(figures.draw(found, n_parameters)))
 
 
