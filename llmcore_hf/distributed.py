@@ -12,7 +12,10 @@ from llmcore_hf.errors import ConfigError
 T = TypeVar("T")
 
 
-NUM_PROCESSES, NUM_MACHINES = "LLMCORE_NUM_PROCESSES", "LLMCORE_NUM_MACHINES"  # what `llmcore launch` was asked for
+NUM_PROCESSES, NUM_MACHINES = (
+    "LLMCORE_HF_NUM_PROCESSES",
+    "LLMCORE_HF_NUM_MACHINES",
+)  # what `llmcore launch` was asked for
 
 
 def whole_number(variable: str, default: int) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 from llmcore_hf.distributed import asked_for, is_main_process, program, whole_number, world_size
 from llmcore_hf.errors import ConfigError, UserError
 
-JOIN_TIMEOUT = "LLMCORE_JOIN_TIMEOUT"
+JOIN_TIMEOUT = "LLMCORE_HF_JOIN_TIMEOUT"
 DEFAULT_TIMEOUT = 300  # seconds; machines of a cluster start minutes apart
 LINGER = 10  # seconds that process 0 stays for the others to read why the job ends
 GUIDE = "docs/multinode.md"
@@ -154,7 +154,7 @@ def disagreement(notes: dict[int, dict[str, int | None]]) -> str | None:
     groups = "; ".join(f"process{'es' * (len(r) > 1)} {', '.join(map(str, r))}: {what}" for what, r in asked.items())
     there = max(note["world_size"] or 0 for note in notes.values())
     return (
-        f"the launchers were asked for different jobs, and {there} processes came. What each was asked for: {groups}. "
+        f"{there} processes came, and that is no job that was asked for ({groups}). "
         "Give every launcher the same --num_processes (the total over all machines) and --num_machines"
     )
 

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "accelerate_configs"
 LAUNCHER = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"),
-    *("LLMCORE_NUM_PROCESSES", "LLMCORE_NUM_MACHINES", "LLMCORE_JOIN_TIMEOUT", "TORCHELASTIC_RUN_ID"),
+    *("LLMCORE_HF_NUM_PROCESSES", "LLMCORE_HF_NUM_MACHINES", "LLMCORE_HF_JOIN_TIMEOUT", "TORCHELASTIC_RUN_ID"),
 )
 
 
@@ -461,7 +461,7 @@ def test_a_launcher_says_what_it_waits_for_and_gives_up(
 
 
 def test_what_was_asked_for_is_exported_and_nothing_older(monkeypatch: pytest.MonkeyPatch) -> None:
-    enter(monkeypatch, {"LLMCORE_NUM_MACHINES": "7"})
+    enter(monkeypatch, {"LLMCORE_HF_NUM_MACHINES": "7"})
     launch._export(launch.read(["--accelerate_config", "cpu_2", "--num_processes", "4", "--module", "sft"]).settings)
     assert distributed.asked_for() == (4, 1) and meeting.join_timeout() == 300
     launch._export({"join_timeout": "20"})
@@ -469,10 +469,10 @@ def test_what_was_asked_for_is_exported_and_nothing_older(monkeypatch: pytest.Mo
 
 
 def test_processes_that_were_asked_for_and_not_started_are_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    enter(monkeypatch, {"LLMCORE_NUM_PROCESSES": "2"})
+    enter(monkeypatch, {"LLMCORE_HF_NUM_PROCESSES": "2"})
     with pytest.raises(ConfigError, match="2 processes were asked for, and accelerate started one"):
         check_launch("sft")
-    enter(monkeypatch, {"LLMCORE_NUM_PROCESSES": "1"})
+    enter(monkeypatch, {"LLMCORE_HF_NUM_PROCESSES": "1"})
     check_launch("sft")
 
 
@@ -481,7 +481,7 @@ def test_processes_that_were_asked_for_and_not_started_are_missed(monkeypatch: p
 
 def process(monkeypatch: pytest.MonkeyPatch, rank: int, of: int, **variables: str) -> None:
     """This process as one of several."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "LLMCORE_JOIN_TIMEOUT": "1"}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "LLMCORE_HF_JOIN_TIMEOUT": "1"}
     enter(monkeypatch, {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(of), **place, **variables})
 
 
@@ -494,7 +494,7 @@ def test_a_process_alone_says_whom_it_waits_for_and_gives_up(
     process(monkeypatch, rank, of=2)
     with pytest.raises(UserError, match=problem) as caught:
         meeting.meet()
-    assert "LLMCORE_JOIN_TIMEOUT" in str(caught.value)
+    assert "LLMCORE_HF_JOIN_TIMEOUT" in str(caught.value)
     address = f"127.0.0.1:{os.environ['MASTER_PORT']}"
     assert f"waiting for 1 other process at {address}, 1 s at most" in capsys.readouterr().err
 
@@ -512,7 +512,7 @@ def others(monkeypatch: pytest.MonkeyPatch, *notes: tuple[int, int | None, int |
 
 
 def test_processes_of_one_job_meet_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    process(monkeypatch, 1, of=2, LLMCORE_NUM_PROCESSES="2", LLMCORE_NUM_MACHINES="1")
+    process(monkeypatch, 1, of=2, LLMCORE_HF_NUM_PROCESSES="2", LLMCORE_HF_NUM_MACHINES="1")
     others(monkeypatch, (0, 2, 1, 2))
     meeting.meet()
     monkeypatch.setattr(meeting, "_open_store", lambda *args, **kwargs: pytest.fail("it has met them"))
@@ -545,7 +545,7 @@ def test_processes_of_different_jobs_are_refused_with_the_numbers(
     notes: list[tuple[int, int | None, int | None, int]],
     parts: list[str],
 ) -> None:
-    process(monkeypatch, 0, size, LLMCORE_NUM_PROCESSES=mine[0], LLMCORE_NUM_MACHINES=mine[1])
+    process(monkeypatch, 0, size, LLMCORE_HF_NUM_PROCESSES=mine[0], LLMCORE_HF_NUM_MACHINES=mine[1])
     monkeypatch.setattr(meeting, "LINGER", 0.3)
     store = others(monkeypatch, *notes)
     with pytest.raises(ConfigError) as caught:
@@ -588,7 +588,7 @@ def test_a_run_meets_the_others_before_its_options_make_the_process_group(monkey
         ({"RANK": "one", "WORLD_SIZE": "2"}, "variable RANK is 'one'"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2, but of 2 processes the last is 1"),
         ({"MASTER_PORT": "70000"}, "MASTER_PORT is 70000"),
-        ({"LLMCORE_JOIN_TIMEOUT": "soon"}, "variable LLMCORE_JOIN_TIMEOUT is 'soon'"),
+        ({"LLMCORE_HF_JOIN_TIMEOUT": "soon"}, "variable LLMCORE_HF_JOIN_TIMEOUT is 'soon'"),
     ],
 )
 def test_a_launchers_variables_that_are_wrong_are_named(
