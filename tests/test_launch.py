@@ -423,6 +423,23 @@ def test_a_failure_ends_with_the_processs_own_message_and_exit_code(
     assert "Traceback" not in err and "ChildFailedError" not in err and len(err.splitlines()) < 6
 
 
+def test_what_torch_calls_a_distributed_error_is_told_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, own_signals: None
+) -> None:
+    """Two launchers that are both machine 1 of 3: machine 0 meets both, and waits for what machine 2 says."""
+    module = importlib.import_module("accelerate.commands.launch")
+    monkeypatch.setattr(module, "launch_command", lambda args: raise_store_error())
+    asked = launch.Launch(CONFIGS / "cpu_2.yaml", {}, {"num_machines": "3"}, [])
+    with pytest.raises(UserError, match=r"launchers of 3 machines did not meet .* from 0 to 2"):
+        launch._run(asked)
+
+
+def raise_store_error() -> None:
+    from torch.distributed import DistStoreError
+
+    raise DistStoreError("wait timeout after 1000ms, keys: /torchelastic/assigned_ranks/0")
+
+
 def test_a_process_that_a_signal_ended_is_told_as_a_shell_does(capsys: pytest.CaptureFixture[str]) -> None:
     assert launch._tell_end("process 1", -signal.SIGKILL) == 137
     assert "process 1 was ended by SIGKILL" in capsys.readouterr().err
@@ -497,6 +514,16 @@ def test_a_process_alone_says_whom_it_waits_for_and_gives_up(
     assert "LLMCORE_HF_JOIN_TIMEOUT" in str(caught.value)
     address = f"127.0.0.1:{os.environ['MASTER_PORT']}"
     assert f"waiting for 1 other process at {address}, 1 s at most" in capsys.readouterr().err
+
+
+def test_process_0_that_ends_while_the_others_wait_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed import TCPStore
+
+    process(monkeypatch, 1, of=3, LLMCORE_HF_JOIN_TIMEOUT="60", TORCHELASTIC_RUN_ID="none")
+    server = [TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), None, True, wait_for_workers=False)]
+    threading.Timer(0.5, server.clear).start()
+    with pytest.raises(UserError, match=r"lost process 0 at 127.0.0.1"):
+        meeting.meet()
 
 
 def others(monkeypatch: pytest.MonkeyPatch, *notes: tuple[int, int | None, int | None, int]) -> Any:
@@ -696,6 +723,29 @@ def test_the_slurm_script_is_bash_and_uses_options_there_are() -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
     text = script.read_text()
     assert "--accelerate_config multinode" in text and all(option in text for option in launch.LAUNCH_OPTIONS)
+
+
+SLURM = {
+    # every "node" runs what `srun` was given, with a number of its own
+    "srun": 'shift; for n in 1 0; do SLURM_NODEID=$n "$@"; done; echo "cores $SRUN_CPUS_PER_TASK"',
+    "scontrol": "echo node7; echo node8",
+    "llmcore": 'echo "$*"',
+}
+
+
+def test_the_slurm_script_starts_one_launcher_per_machine_for_one_job(tmp_path: Path) -> None:
+    for name, text in SLURM.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "40003", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4"}
+    env = {**os.environ, **job, "SLURM_CPUS_PER_TASK": "32", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["bash", str(CONFIGS / "multinode.slurm"), "--module", "sft", "--run_name", "two words"]
+    *lines, cores = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert cores == "cores 32" and len(lines) == 2
+    for line, rank in zip(lines, ("1", "0"), strict=True):
+        meet = "--main_process_ip node7 --main_process_port 20003 --join_timeout 600"
+        head = f"launch --accelerate_config multinode --num_machines 2 --num_processes 8 --machine_rank {rank} {meet}"
+        assert line == f"{head} --module sft --run_name two words"
 
 
 @pytest.mark.parametrize(
