@@ -199,7 +199,7 @@ def _tell_end(who: str, code: int) -> int:
         hint = " (the machine may have run out of memory)" if name == "SIGKILL" else ""
         meeting.say(f"{who} was ended by {name}{hint}")
         return 128 - code
-    meeting.say(f"{who} ended with exit code {code}; what went wrong stands in its output, or in that of process 0")
+    meeting.say(f"{who} ended with exit code {code}; the output above, or that of process 0, says why")
     return code
 
 

@@ -132,6 +132,8 @@ def command(run_dir: Path) -> str:
     options = ["--config", f"{run_dir}/resolved_config.yaml", "--output_dir", str(run_dir)]
     text = shlex.join([*options, "--resume_from_checkpoint", "last"])
     script = os.path.basename(sys.argv[0]) == "run.py"
+    if distributed.world_size() > 1 and distributed.asked_for()[0]:
+        return f"{distributed.program()} launch [options of the launcher] {text}"
     if distributed.world_size() > 1:
         return f"accelerate launch [options of the launcher] {sys.argv[0] if script else '-m llmcore_hf'} {text}"
     return f"python {shlex.quote(sys.argv[0])} {text}" if script else f"{distributed.program()} {text}"

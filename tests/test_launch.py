@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import pytest
 
-from llmcore_hf import cli, config, distributed, environment, launch, meeting, registry
+from llmcore_hf import cli, config, distributed, environment, launch, meeting, registry, resume
 from llmcore_hf.distributed import check_launch, check_world_size
 from llmcore_hf.errors import ConfigError, UserError
 
@@ -483,6 +483,21 @@ def test_what_was_asked_for_is_exported_and_nothing_older(monkeypatch: pytest.Mo
     assert distributed.asked_for() == (4, 1) and meeting.join_timeout() == 300
     launch._export({"join_timeout": "20"})
     assert distributed.asked_for() == (None, None) and meeting.join_timeout() == 20
+
+
+@pytest.mark.parametrize(
+    ("env", "launcher"),
+    [
+        ({"LLMCORE_HF_NUM_PROCESSES": "2"}, "llmcore launch [options of the launcher] --config"),
+        ({}, "accelerate launch"),
+    ],
+)
+def test_the_way_on_names_the_launcher_that_was_used(
+    monkeypatch: pytest.MonkeyPatch, env: dict[str, str], launcher: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/llmcore"])
+    enter(monkeypatch, {"WORLD_SIZE": "2", **env})
+    assert resume.command(Path("runs/a")).startswith(launcher)
 
 
 def test_processes_that_were_asked_for_and_not_started_are_missed(monkeypatch: pytest.MonkeyPatch) -> None:
