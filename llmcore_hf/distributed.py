@@ -72,6 +72,15 @@ def broadcast(value: T) -> T:
     return box[0]
 
 
+def ranks_without(fact: bool) -> list[int]:
+    """The processes for which `fact` does not hold. Every process asks; needs the process group when there are several."""
+    if world_size() == 1:
+        return [] if fact else [0]
+    from accelerate.utils import gather_object
+
+    return [rank for rank, holds in enumerate(gather_object([fact])) if not holds]
+
+
 def check_world_size() -> None:
     """Refuse to go on when the process group is not as large as the launcher promised.
 

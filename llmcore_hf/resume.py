@@ -53,6 +53,22 @@ def find(run_dir: Path, resume: str) -> Path:
     raise ConfigError([f"--resume_from_checkpoint {resume}: {problem}{way_out}"])
 
 
+def check_seen_by_all(checkpoint: Path) -> None:
+    """Refuse a checkpoint that some processes cannot read: each of them loads it.
+
+    Raises:
+        ConfigError: some cannot.
+    """
+    if blind := distributed.ranks_without(read_marker(checkpoint) is not None):
+        ranks = ", ".join(map(str, blind))
+        raise ConfigError(
+            [
+                f"{checkpoint} is not complete where process{'es' * (len(blind) > 1)} {ranks} run: all machines need the "
+                "same --output_dir, in a folder that they share. Copy the whole run directory there, and start again"
+            ]
+        )
+
+
 def last_step(checkpoint: Path) -> int:
     """Optimizer steps done when the (complete) checkpoint was written."""
     marker = read_marker(checkpoint)

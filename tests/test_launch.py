@@ -485,6 +485,35 @@ def test_what_was_asked_for_is_exported_and_nothing_older(monkeypatch: pytest.Mo
     assert distributed.asked_for() == (None, None) and meeting.join_timeout() == 20
 
 
+@pytest.mark.parametrize(("here", "there"), [(True, True), (False, True), (True, False)])
+def test_a_checkpoint_that_another_machine_cannot_see_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, here: bool, there: bool
+) -> None:
+    """Process 1 is on a machine that does not share the folder, and has no more than its own random state there."""
+    import accelerate.utils
+
+    from llmcore_hf.config import Config
+    from llmcore_hf.durability import mark_complete
+    from llmcore_hf.run_dir import RunDirectory
+
+    checkpoint = tmp_path / "runs" / "a" / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "rng_state_1.pth").touch()
+    (tmp_path / "runs" / "a" / "resolved_config.yaml").write_text("module: sft\n")
+    if here:
+        mark_complete(checkpoint, 2)
+    enter(monkeypatch, {"WORLD_SIZE": "2", "RANK": "0"})
+    monkeypatch.setattr(accelerate.utils, "gather_object", lambda mine: [*mine, there])
+    run = RunDirectory(tmp_path / "runs" / "a", registry.get("sft"), Config("sft", False, {}, {}, parts=()), [])
+    if here and there:
+        run.resume_from(checkpoint)
+        return
+    with pytest.raises(
+        ConfigError, match=f"not complete where process {1 if here else 0} run.* folder that they share"
+    ):
+        run.resume_from(checkpoint)
+
+
 @pytest.mark.parametrize(
     ("env", "launcher"),
     [
