@@ -9,10 +9,11 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import time
 from importlib import import_module
 
 from llmcore_hf import __version__, registry
-from llmcore_hf.distributed import check_launch, is_main_process, program
+from llmcore_hf.distributed import check_launch, program, turn_to_speak
 from llmcore_hf.errors import ConfigError, UserError
 
 USAGE = """\
@@ -163,5 +164,5 @@ def _print_list() -> None:
 
 
 def _print_error(message: str) -> None:
-    if is_main_process():
-        print(f"{program()}: {message}", file=sys.stderr)
+    time.sleep(turn_to_speak())
+    print(f"{program()}: {message}", file=sys.stderr)

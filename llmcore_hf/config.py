@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
-from llmcore_hf import resources
+from llmcore_hf import distributed, meeting, resources
 from llmcore_hf.errors import ConfigError
 from llmcore_hf.registry import Module
 
@@ -186,6 +186,25 @@ def resolve(module: Module, request: Request) -> Config:
     """
     options = Options(module.load().argument_classes())
     problems: list[str] = []
+    return _merge(module, options, _layers(module, request, options, problems), request.toy, problems)
+
+
+def check_names_and_kinds(module: Module, request: Request) -> None:
+    """Look for what can be told without building anything: unknown options, and values that cannot be read.
+
+    Raises:
+        ConfigError: with every one that was found.
+    """
+    problems: list[str] = []
+    _layers(module, request, Options(module.load().argument_classes()), problems)
+    if problems:
+        raise ConfigError(_unique(problems), f" of `{module.name}`")
+
+
+def _layers(
+    module: Module, request: Request, options: Options, problems: list[str]
+) -> list[tuple[str, dict[str, Any]]]:
+    """Where values come from and which, the later over the earlier; what is wrong is appended to `problems`."""
     layers: list[tuple[str, dict[str, Any]]] = []
     if request.toy:
         recipe = f"recipes/{module.name}/toy.yaml"
@@ -193,7 +212,7 @@ def resolve(module: Module, request: Request) -> Config:
     if request.config:
         layers += options.from_config_file(request.config, problems)
     layers.append((COMMAND_LINE, options.from_command_line(request.options, problems)))
-    return _merge(module, options, layers, request.toy, problems)
+    return layers
 
 
 def resolve_mapping(module: Module, mapping: dict[str, Any], source: str, given: dict[str, Any], toy: bool) -> Config:
@@ -229,7 +248,10 @@ def _merge(
         problems.append("--resume_from_checkpoint is empty: give `last`, or the path of a checkpoint")
     if values.get("resume_from_checkpoint") and values.get("overwrite_output_dir"):
         problems.append("--overwrite_output_dir would delete what --resume_from_checkpoint continues: give one of them")
-    config.parts = tuple(options.build({**house, **explicit}, problems))
+    if not problems:  # building TrainingArguments makes the process group, so whoever cannot go on ends before
+        meeting.meet()
+    if not problems or distributed.world_size() == 1:
+        config.parts = tuple(options.build({**house, **explicit}, problems))
     if problems:
         raise ConfigError(_unique(problems), f" of `{module.name}`")
     return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import TypeVar
 
@@ -11,12 +12,47 @@ from llmcore_hf.errors import ConfigError
 T = TypeVar("T")
 
 
+NUM_PROCESSES, NUM_MACHINES = (
+    "LLMCORE_HF_NUM_PROCESSES",
+    "LLMCORE_HF_NUM_MACHINES",
+)  # what `llmcore launch` was asked for
+
+
+def whole_number(variable: str, default: int) -> int:
+    """The value of an environment variable.
+
+    Raises:
+        ConfigError: it is no whole number.
+    """
+    text = os.environ.get(variable) or str(default)
+    if not re.fullmatch("[0-9]+", text):
+        raise ConfigError([f"the environment variable {variable} is {text!r}, not a whole number"])
+    return int(text)
+
+
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return whole_number("WORLD_SIZE", 1)
 
 
 def is_main_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
+    return whole_number("RANK", 0) == 0
+
+
+def asked_for() -> tuple[int | None, int | None]:
+    """Processes (in all) and machines that `llmcore launch` was asked for; None where something else started this process."""
+    return whole_number(NUM_PROCESSES, 0) or None, whole_number(NUM_MACHINES, 0) or None
+
+
+def turn_to_speak() -> int:
+    """Seconds this process waits before it tells an error that other processes may have as well.
+
+    When one process ends with an error, its launcher ends the others. So the main process speaks (and ends) first, next the
+    first process of every other machine, and the rest only if they are still there (an end takes a second or two).
+    """
+    try:
+        return 0 if is_main_process() else 2 if whole_number("LOCAL_RANK", 0) == 0 else 6
+    except ConfigError:
+        return 0
 
 
 def program() -> str:
@@ -34,6 +70,15 @@ def broadcast(value: T) -> T:
     box: list[T] = [value]
     broadcast_object_list(box, from_process=0)
     return box[0]
+
+
+def ranks_without(fact: bool) -> list[int]:
+    """The processes for which `fact` does not hold. Every process asks; needs the process group when there are several."""
+    if world_size() == 1:
+        return [] if fact else [0]
+    from accelerate.utils import gather_object
+
+    return [rank for rank, holds in enumerate(gather_object([fact])) if not holds]
 
 
 def check_world_size() -> None:
@@ -54,6 +99,11 @@ def check_world_size() -> None:
 GPU_ONLY = (
     "{what} needs GPUs: on a CPU accelerate turns FSDP2 and tensor parallelism into plain data parallelism without a word. "
     "Use cpu_2 or zero2 here; `--module megatron` and `--module deepspeed` show both on a CPU"
+)
+
+STARTED_ONE = (
+    "{asked} processes were asked for, and accelerate started one: its configuration names a `distributed_type` that starts "
+    "no others. Use one of accelerate_configs/, such as cpu_2 or ddp"
 )
 
 STAGE_3 = ("sft", "dpo", "reward", "ppo", "grpo")  # modules seen to give under ZeRO-3 what they give in one process
@@ -90,6 +140,9 @@ def check_launch(module: str) -> None:
                 "`ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 run.py ...`"
             ]
         )
+    asked, _ = asked_for()
+    if world_size() == 1 and asked not in (None, 1):
+        raise ConfigError([STARTED_ONE.format(asked=asked)])
     if (_is_on("ACCELERATE_USE_FSDP") or _is_on("ACCELERATE_USE_PARALLELISM_CONFIG")) and not has_gpu():
         raise ConfigError([GPU_ONLY.format(what="this accelerate configuration")])
     if _is_on("ACCELERATE_USE_DEEPSPEED"):

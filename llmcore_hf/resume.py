@@ -53,6 +53,22 @@ def find(run_dir: Path, resume: str) -> Path:
     raise ConfigError([f"--resume_from_checkpoint {resume}: {problem}{way_out}"])
 
 
+def check_seen_by_all(checkpoint: Path) -> None:
+    """Refuse a checkpoint that some processes cannot read: each of them loads it.
+
+    Raises:
+        ConfigError: some cannot.
+    """
+    if blind := distributed.ranks_without(read_marker(checkpoint) is not None):
+        ranks = ", ".join(map(str, blind))
+        raise ConfigError(
+            [
+                f"{checkpoint} is not complete where process{'es' * (len(blind) > 1)} {ranks} run: all machines need the "
+                "same --output_dir, in a folder that they share. Copy the whole run directory there, and start again"
+            ]
+        )
+
+
 def last_step(checkpoint: Path) -> int:
     """Optimizer steps done when the (complete) checkpoint was written."""
     marker = read_marker(checkpoint)
@@ -132,6 +148,8 @@ def command(run_dir: Path) -> str:
     options = ["--config", f"{run_dir}/resolved_config.yaml", "--output_dir", str(run_dir)]
     text = shlex.join([*options, "--resume_from_checkpoint", "last"])
     script = os.path.basename(sys.argv[0]) == "run.py"
+    if distributed.world_size() > 1 and distributed.asked_for()[0]:
+        return f"{distributed.program()} launch [options of the launcher] {text}"
     if distributed.world_size() > 1:
         return f"accelerate launch [options of the launcher] {sys.argv[0] if script else '-m llmcore_hf'} {text}"
     return f"python {shlex.quote(sys.argv[0])} {text}" if script else f"{distributed.program()} {text}"

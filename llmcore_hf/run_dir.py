@@ -96,7 +96,8 @@ class RunDirectory:
         self.stop = StopRequest()
 
     def resume_from(self, checkpoint: Path) -> None:
-        """Go on from `checkpoint`; to be called before anything is written."""
+        """Go on from `checkpoint`; to be called by every process, before anything is written."""
+        resume.check_seen_by_all(checkpoint)
         self.checkpoint = checkpoint
         self.former_options = resume.options_of(checkpoint.absolute().parent)
         self.summary["resumed_from"] = str(checkpoint)

@@ -174,10 +174,17 @@ def test_messages_name_the_command_that_was_typed(
     assert f"usage: {shown} --module NAME --toy" in capsys.readouterr().out
 
 
-def test_errors_are_printed_by_the_main_process_only(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
-    monkeypatch.setenv("RANK", "1")
+@pytest.mark.parametrize(("rank", "waits"), [("0", False), ("1", True)])
+def test_errors_are_printed_by_the_main_process_before_the_others(
+    monkeypatch: pytest.MonkeyPatch, capfd: Any, rank: str, waits: bool
+) -> None:
+    """A launcher ends the others when the main process ends, so they speak only of what is their own."""
+    monkeypatch.setenv("RANK", rank)
+    before: list[tuple[float, str]] = []
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: before.append((seconds, capfd.readouterr().err)))
     assert cli.main(["--module", "nothing"]) == 2
-    assert capfd.readouterr() == ("", "")
+    [(seconds, said)] = before
+    assert (seconds > 0) is waits and said == "" and "no module `nothing`" in capfd.readouterr().err
 
 
 def test_telemetry_is_off_unless_the_user_asks_for_it(ran: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

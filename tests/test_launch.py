@@ -7,11 +7,13 @@ import importlib
 import importlib.util
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,19 +21,24 @@ from typing import Any
 import psutil
 import pytest
 
-from llmcore_hf import cli, distributed, environment, launch
+from llmcore_hf import cli, config, distributed, environment, launch, meeting, registry, resume
 from llmcore_hf.distributed import check_launch, check_world_size
-from llmcore_hf.errors import ConfigError
+from llmcore_hf.errors import ConfigError, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "accelerate_configs"
-LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+LAUNCHER = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"),
+    *("LLMCORE_HF_NUM_PROCESSES", "LLMCORE_HF_NUM_MACHINES", "LLMCORE_HF_JOIN_TIMEOUT", "TORCHELASTIC_RUN_ID"),
+)
 
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (*LAUNCHER, *(name for name in os.environ if name.startswith("ACCELERATE_"))):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what a launcher exports here ends with the test
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(meeting, "_met", [])
 
 
 def launched(*argv: str) -> tuple[str, dict[str, str]]:
@@ -281,22 +288,28 @@ def test_deepspeed_on_a_cpu_compiles_nothing(monkeypatch: pytest.MonkeyPatch, wi
 
 def problems_of(*argv: str) -> str:
     with pytest.raises(ConfigError) as caught:
-        launch.launch_command(list(argv))
+        launch.read(list(argv))
     return "\n".join(caught.value.problems)
+
+
+def arguments(*argv: str) -> list[str]:
+    """What `accelerate launch` gets."""
+    return launch.accelerate_arguments(launch.read(list(argv)))
 
 
 def test_the_launcher_gets_the_shipped_file_and_the_module_gets_its_options() -> None:
     path = str(CONFIGS / "cpu_2.yaml")
     options = ["--module", "sft", "--toy", "--max_steps=3"]
-    command = launch.launch_command(["--accelerate_config", "cpu_2", *options[:2], "--num_processes=4", *options[2:]])
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", path, "--num_processes", "4"]
-    assert command == [*accelerate, "--module", "llmcore_hf", *options]
+    found = arguments("--accelerate_config", "cpu_2", *options[:2], "--num_processes=4", *options[2:])
+    accelerate = ["--config_file", path, "--num_processes", "4", "--rdzv_conf", "timeout=300"]
+    assert found == [*accelerate, "--module", "llmcore_hf", *options]
 
 
 def test_the_command_is_one_that_accelerate_understands() -> None:
     module = importlib.import_module("accelerate.commands.launch")
-    command = launch.launch_command(["--accelerate_config", "cpu_2", "--module", "sft", "--toy"])
-    args = module.launch_command_parser().parse_args(command[3:])
+    args = module.launch_command_parser().parse_args(
+        arguments("--accelerate_config", "cpu_2", "--module", "sft", "--toy")
+    )
     assert (args.training_script, args.module) == ("llmcore_hf", True)
     assert args.training_script_args == ["--module", "sft", "--toy"]
 
@@ -304,7 +317,7 @@ def test_the_command_is_one_that_accelerate_understands() -> None:
 def test_a_file_of_ones_own_can_be_named(tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text((CONFIGS / "cpu_2.yaml").read_text())
-    assert str(mine) in launch.launch_command(["--accelerate_config", str(mine), "--module", "sft"])
+    assert str(mine) in arguments("--accelerate_config", str(mine), "--module", "sft")
 
 
 @pytest.mark.parametrize(
@@ -315,6 +328,18 @@ def test_a_file_of_ones_own_can_be_named(tmp_path: Path) -> None:
         (["--accelerate_config", "--module", "sft"], "--accelerate_config needs a value"),
         (["--accelerate_config", "zero", "--module", "sft"], "did you mean `zero"),
         (["--accelerate_config", "cpu_2", "--num_processes", "two", "--module", "sft"], "whole number"),
+        (["--accelerate_config", "cpu_2", "--num_processes", "²", "--module", "sft"], "whole number"),
+        (["--accelerate_config", "cpu_2", "--num_processes", "0", "--module", "sft"], "--num_processes is at least 1"),
+        (["--accelerate_config", "cpu_2", "--join_timeout", "0", "--module", "sft"], "--join_timeout is at least 1"),
+        (["--accelerate_config", "cpu_2", "--main_process_port", "99999", "--module", "sft"], "from 1 to 65535"),
+        (["--accelerate_config", "cpu_2", "--module", "nosuch"], "there is no module `nosuch`"),
+        (["--accelerate_config", "cpu_2", "--module", "mdp"], "`mdp` runs in one process"),
+        (
+            ["--accelerate_config", "cpu_2", "--module", "sft", "--config", "nowhere.yaml"],
+            "no config file nowhere.yaml",
+        ),
+        (["--accelerate_config", "cpu_2", "--module", "sft", "--nonsense", "1"], "unknown option `--nonsense`"),
+        (["--accelerate_config", "cpu_2", "--module", "sft", "--max_steps", "many"], "`max_steps`"),
         (["--accelerate_config", "fsdp2", "--module", "sft"], "fsdp2 needs GPUs"),
         (["--accelerate_config", "tp", "--module", "sft"], "tp needs GPUs"),
         (["--accelerate_config", "multinode", "--module", "sft"], "need --main_process_ip"),
@@ -339,7 +364,331 @@ def test_a_port_in_use_is_told_before_anything_starts() -> None:
         port = server.getsockname()[1]
         argv = ["--accelerate_config", "cpu_2", "--main_process_port", str(port), "--module", "sft"]
         assert f"--main_process_port {port} is in use" in problems_of(*argv)
-    launch.launch_command(argv)
+        launch.read(
+            [*argv, *TWO_MACHINES, "--machine_rank", "1"]
+        )  # the port is machine 0's, which may be this one as well
+    launch.read(argv)
+
+
+TWO_MACHINES = ["--num_machines", "2", "--main_process_ip", "127.0.0.1"]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("num_processes: two", "mine.yaml: `num_processes` takes a whole number, not 'two'"),
+        ("num_processes: true", "mine.yaml: `num_processes` takes a whole number, not True"),
+        ("num_processes: -1", "mine.yaml: `num_processes` takes a whole number, not -1"),
+    ],
+)
+def test_a_number_that_is_none_is_told_with_its_file(tmp_path: Path, line: str, problem: str) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text((CONFIGS / "cpu_2.yaml").read_text().replace("num_processes: 2", line))
+    assert problem in problems_of("--accelerate_config", str(mine), "--module", "sft")
+
+
+def test_the_port_of_another_machine_is_checked_for_its_range() -> None:
+    argv = ["--accelerate_config", "cpu_2", *TWO_MACHINES, "--machine_rank", "1", "--module", "sft"]
+    assert "from 1 to 65535" in problems_of(*argv, "--main_process_port", "70000")
+
+
+def test_without_options_of_the_user_the_launcher_does_not_load_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry.Module, "load", lambda module: pytest.fail("this takes seconds"))
+    launch.read(["--accelerate_config", "cpu_2", "--module", "sft", "--toy"])
+
+
+# ---------------------------------------------------------------- how a launch ends
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """torch's launcher takes over the signals of this process."""
+    kinds = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before = {kind: signal.getsignal(kind) for kind in kinds}
+    yield
+    for kind, handler in before.items():
+        signal.signal(kind, handler)
+
+
+@pytest.mark.parametrize(("name", "who"), [("cpu_1", "the process"), ("cpu_2", "process")])
+def test_a_failure_ends_with_the_processs_own_message_and_exit_code(
+    monkeypatch: pytest.MonkeyPatch, own_signals: None, capfd: pytest.CaptureFixture[str], name: str, who: str
+) -> None:
+    """Real processes of a module that is not there: they import nothing heavy."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    asked = launch.Launch(CONFIGS / f"{name}.yaml", {}, {}, ["--module", "nosuch"])
+    assert launch._run(asked) == 2
+    err = capfd.readouterr().err
+    assert err.count("there is no module `nosuch`") == 1 and f"{who}" in err and " ended with exit code 2" in err
+    assert "Traceback" not in err and "ChildFailedError" not in err and len(err.splitlines()) < 6
+
+
+def test_what_torch_calls_a_distributed_error_is_told_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, own_signals: None
+) -> None:
+    """Two launchers that are both machine 1 of 3: machine 0 meets both, and waits for what machine 2 says."""
+    module = importlib.import_module("accelerate.commands.launch")
+    monkeypatch.setattr(module, "launch_command", lambda args: raise_store_error())
+    asked = launch.Launch(CONFIGS / "cpu_2.yaml", {}, {"num_machines": "3"}, [])
+    with pytest.raises(UserError, match=r"launchers of 3 machines did not meet .* from 0 to 2"):
+        launch._run(asked)
+
+
+def raise_store_error() -> None:
+    from torch.distributed import DistStoreError
+
+    raise DistStoreError("wait timeout after 1000ms, keys: /torchelastic/assigned_ranks/0")
+
+
+def test_a_process_that_a_signal_ended_is_told_as_a_shell_does(capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch._tell_end("process 1", -signal.SIGKILL) == 137
+    assert "process 1 was ended by SIGKILL" in capsys.readouterr().err
+
+
+def test_a_file_that_accelerate_refuses_is_told_without_a_traceback(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text((CONFIGS / "cpu_1.yaml").read_text() + "no_such_key: 1\n")
+    with pytest.raises(ConfigError, match=r"mine.yaml: accelerate refuses it: .*no_such_key"):
+        launch._run(launch.Launch(mine, {}, {}, ["--module", "nosuch"]))
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return str(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("rank", "said", "problem"),
+    [
+        ("0", "machine 0 of 2 waits for the launchers", r"2 machines did not meet within 1 s .*1/2 clients joined"),
+        ("1", "machine 1 of 2 looks for machine 0", "nobody listens at 127.0.0.1"),
+    ],
+)
+def test_a_launcher_says_what_it_waits_for_and_gives_up(
+    own_signals: None, capsys: pytest.CaptureFixture[str], rank: str, said: str, problem: str
+) -> None:
+    options = [*TWO_MACHINES, "--machine_rank", rank, "--main_process_port", free_port(), "--join_timeout", "1"]
+    began = time.monotonic()
+    with pytest.raises(UserError, match=problem) as caught:
+        launch.main(["--accelerate_config", "cpu_2", *options, "--module", "sft", "--toy"], "llmcore")
+    assert time.monotonic() - began < 30 and "--join_timeout" in str(caught.value)
+    err = capsys.readouterr().err
+    assert said in err and "1 s at most" in err
+
+
+def test_what_was_asked_for_is_exported_and_nothing_older(monkeypatch: pytest.MonkeyPatch) -> None:
+    enter(monkeypatch, {"LLMCORE_HF_NUM_MACHINES": "7"})
+    launch._export(launch.read(["--accelerate_config", "cpu_2", "--num_processes", "4", "--module", "sft"]).settings)
+    assert distributed.asked_for() == (4, 1) and meeting.join_timeout() == 300
+    launch._export({"join_timeout": "20"})
+    assert distributed.asked_for() == (None, None) and meeting.join_timeout() == 20
+
+
+@pytest.mark.parametrize(("here", "there"), [(True, True), (False, True), (True, False)])
+def test_a_checkpoint_that_another_machine_cannot_see_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, here: bool, there: bool
+) -> None:
+    """Process 1 is on a machine that does not share the folder, and has no more than its own random state there."""
+    import accelerate.utils
+
+    from llmcore_hf.config import Config
+    from llmcore_hf.durability import mark_complete
+    from llmcore_hf.run_dir import RunDirectory
+
+    checkpoint = tmp_path / "runs" / "a" / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "rng_state_1.pth").touch()
+    (tmp_path / "runs" / "a" / "resolved_config.yaml").write_text("module: sft\n")
+    if here:
+        mark_complete(checkpoint, 2)
+    enter(monkeypatch, {"WORLD_SIZE": "2", "RANK": "0"})
+    monkeypatch.setattr(accelerate.utils, "gather_object", lambda mine: [*mine, there])
+    run = RunDirectory(tmp_path / "runs" / "a", registry.get("sft"), Config("sft", False, {}, {}, parts=()), [])
+    if here and there:
+        run.resume_from(checkpoint)
+        return
+    with pytest.raises(
+        ConfigError, match=f"not complete where process {1 if here else 0} run.* folder that they share"
+    ):
+        run.resume_from(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("env", "launcher"),
+    [
+        ({"LLMCORE_HF_NUM_PROCESSES": "2"}, "llmcore launch [options of the launcher] --config"),
+        ({}, "accelerate launch"),
+    ],
+)
+def test_the_way_on_names_the_launcher_that_was_used(
+    monkeypatch: pytest.MonkeyPatch, env: dict[str, str], launcher: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/llmcore"])
+    enter(monkeypatch, {"WORLD_SIZE": "2", **env})
+    assert resume.command(Path("runs/a")).startswith(launcher)
+
+
+def test_processes_that_were_asked_for_and_not_started_are_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    enter(monkeypatch, {"LLMCORE_HF_NUM_PROCESSES": "2"})
+    with pytest.raises(ConfigError, match="2 processes were asked for, and accelerate started one"):
+        check_launch("sft")
+    enter(monkeypatch, {"LLMCORE_HF_NUM_PROCESSES": "1"})
+    check_launch("sft")
+
+
+# ---------------------------------------------------------------- processes meet
+
+
+def process(monkeypatch: pytest.MonkeyPatch, rank: int, of: int, **variables: str) -> None:
+    """This process as one of several."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "LLMCORE_HF_JOIN_TIMEOUT": "1"}
+    enter(monkeypatch, {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(of), **place, **variables})
+
+
+@pytest.mark.parametrize(
+    ("rank", "problem"), [(0, "process 1 of 2 did not come within 1 s"), (1, "nobody listens at 127.0.0.1")]
+)
+def test_a_process_alone_says_whom_it_waits_for_and_gives_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: int, problem: str
+) -> None:
+    process(monkeypatch, rank, of=2)
+    with pytest.raises(UserError, match=problem) as caught:
+        meeting.meet()
+    assert "LLMCORE_HF_JOIN_TIMEOUT" in str(caught.value)
+    address = f"127.0.0.1:{os.environ['MASTER_PORT']}"
+    assert f"waiting for 1 other process at {address}, 1 s at most" in capsys.readouterr().err
+
+
+def test_process_0_that_ends_while_the_others_wait_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed import TCPStore
+
+    process(monkeypatch, 1, of=3, LLMCORE_HF_JOIN_TIMEOUT="60", TORCHELASTIC_RUN_ID="none")
+    server = [TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), None, True, wait_for_workers=False)]
+    threading.Timer(0.5, server.clear).start()
+    with pytest.raises(UserError, match=r"lost process 0 at 127.0.0.1"):
+        meeting.meet()
+
+
+def others(monkeypatch: pytest.MonkeyPatch, *notes: tuple[int, int | None, int | None, int]) -> Any:
+    """A store in which the processes `(rank, processes, machines, world size)` have been."""
+    from torch.distributed import HashStore
+
+    store = HashStore()
+    for rank, processes, machines, size in notes:
+        store.set(str(rank), json.dumps({"processes": processes, "machines": machines, "world_size": size}))
+        store.add("read", 1)
+    monkeypatch.setattr(meeting, "_open_store", lambda *args, **kwargs: store)
+    return store
+
+
+def test_processes_of_one_job_meet_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    process(monkeypatch, 1, of=2, LLMCORE_HF_NUM_PROCESSES="2", LLMCORE_HF_NUM_MACHINES="1")
+    others(monkeypatch, (0, 2, 1, 2))
+    meeting.meet()
+    monkeypatch.setattr(meeting, "_open_store", lambda *args, **kwargs: pytest.fail("it has met them"))
+    meeting.meet()
+
+
+def test_processes_that_torchrun_started_are_one_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    process(monkeypatch, 0, of=2)
+    others(monkeypatch, (1, None, None, 2))
+    meeting.meet()
+
+
+@pytest.mark.parametrize(
+    ("mine", "size", "notes", "parts"),
+    [
+        # two launchers, asked for 2 and 4 processes on 2 machines: 1 and 2 of them come
+        (("2", "2"), 3, [(1, 4, 2, 3), (2, 4, 2, 3)], ["3 processes came", "0: 2 processes", "1, 2: 4 processes"]),
+        # all were asked for the same, and fewer come (accelerate rounds down)
+        (("3", "2"), 2, [(1, 3, 2, 2)], ["2 processes came", "0, 1: 3 processes on 2 machines"]),
+        (("2", "2"), 2, [(1, 2, 1, 2)], ["0: 2 processes on 2 machines", "1: 2 processes on 1 machines"]),
+        # by hand, with different world sizes: process 2 of the other job never comes
+        (("", ""), 2, [(1, None, None, 3)], ["0: 2 processes", "1: 3 processes"]),
+        (("", ""), 3, [(1, None, None, 2)], ["0: 3 processes", "1: 2 processes"]),
+    ],
+)
+def test_processes_of_different_jobs_are_refused_with_the_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+    mine: tuple[str, str],
+    size: int,
+    notes: list[tuple[int, int | None, int | None, int]],
+    parts: list[str],
+) -> None:
+    process(monkeypatch, 0, size, LLMCORE_HF_NUM_PROCESSES=mine[0], LLMCORE_HF_NUM_MACHINES=mine[1])
+    monkeypatch.setattr(meeting, "LINGER", 0.3)
+    store = others(monkeypatch, *notes)
+    with pytest.raises(ConfigError) as caught:
+        meeting.meet()
+    assert all(part in str(caught.value) for part in parts)
+    assert store.add("read", 0) == len(notes) + 1  # it said so to whoever waits for it
+
+
+def test_process_0_stays_until_the_others_know_why_the_job_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    process(monkeypatch, 0, of=2)
+    monkeypatch.setattr(meeting, "LINGER", 60)
+    store = others(monkeypatch, (1, None, None, 3))
+    store.add("read", -1)  # it has not read them yet
+    threading.Timer(1, lambda: store.add("read", 1)).start()
+    began = time.monotonic()
+    with pytest.raises(ConfigError):
+        meeting.meet()
+    assert 0.9 < time.monotonic() - began < 30
+
+
+def test_a_run_meets_the_others_before_its_options_make_the_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And with wrong options it ends before that, so that the others hear of it within their bound."""
+    process(monkeypatch, 0, of=2)
+    calls: list[str] = []
+    monkeypatch.setattr(meeting, "meet", lambda: calls.append("meet"))
+    monkeypatch.setattr(config.Options, "build", lambda self, values, problems: calls.append("build") or [])
+    module = registry.get("sft")
+    config.resolve(module, config.Request("sft", toy=True))
+    assert calls == ["meet", "build"]
+    with pytest.raises(ConfigError, match="nonsense"):
+        config.resolve(module, config.Request("sft", toy=True, options=["--nonsense", "1"]))
+    assert calls == ["meet", "build"]
+
+
+@pytest.mark.parametrize(
+    ("env", "problem"),
+    [
+        ({"WORLD_SIZE": "two"}, "variable WORLD_SIZE is 'two'"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "one", "WORLD_SIZE": "2"}, "variable RANK is 'one'"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2, but of 2 processes the last is 1"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT is 70000"),
+        ({"LLMCORE_HF_JOIN_TIMEOUT": "soon"}, "variable LLMCORE_HF_JOIN_TIMEOUT is 'soon'"),
+    ],
+)
+def test_a_launchers_variables_that_are_wrong_are_named(
+    monkeypatch: pytest.MonkeyPatch, env: dict[str, str], problem: str
+) -> None:
+    if env != {"WORLD_SIZE": "2"}:
+        process(monkeypatch, 0, of=2)
+    enter(monkeypatch, env)
+    with pytest.raises(ConfigError, match=problem):
+        meeting.meet()
+
+
+def test_a_broken_variable_ends_the_command_line_with_one_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    enter(monkeypatch, {"WORLD_SIZE": "two", "RANK": "zero"})
+    assert cli.main(["--module", "sft", "--toy"]) == 2
+    assert "WORLD_SIZE is 'two'" in capsys.readouterr().err
+
+
+def test_of_an_error_that_all_processes_have_the_main_one_speaks_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = []
+    for rank, local_rank in (("0", "0"), ("4", "0"), ("1", "1")):
+        enter(monkeypatch, {"RANK": rank, "LOCAL_RANK": local_rank})
+        turns.append(distributed.turn_to_speak())
+    assert turns[0] == 0 < turns[1] < turns[2]
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    assert cli.main(["--module", "nosuch"]) == 2 and slept == [turns[2]]
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
@@ -359,15 +708,17 @@ STAGE_3 = {
 }
 
 
-def test_stage_3_is_for_the_modules_that_were_tried_with_it(monkeypatch: pytest.MonkeyPatch, without_gpu: None) -> None:
+def test_stage_3_is_for_the_modules_that_were_tried_with_it(
+    monkeypatch: pytest.MonkeyPatch, without_gpu: None, tmp_path: Path
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(distributed, "forbid_deepspeed_to_compile", lambda: None)
     enter(monkeypatch, STAGE_3)
     for module in ("sft", "dpo", "reward", "ppo", "grpo"):
-        launch.launch_command(["--accelerate_config", "zero3", "--module", module])
+        launch.read(["--accelerate_config", "zero3", "--module", module])
         check_launch(module)
-    launch.launch_command(["--accelerate_config", "zero3", "--config", "a file that names the module.yaml"])
-    for argv in (["--module", "rlhf"], ["--module=rlhf"]):
+    (tmp_path / "names_it.yaml").write_text("module: rlhf")
+    for argv in (["--module", "rlhf"], ["--module=rlhf"], ["--config", str(tmp_path / "names_it.yaml")]):
         assert "ZeRO-3 is not supported with `rlhf`" in problems_of("--accelerate_config", "zero3", *argv)
     with pytest.raises(ConfigError, match="not supported with `rlhf`"):
         check_launch("rlhf")
@@ -384,6 +735,13 @@ def test_stage_3_that_would_save_no_model_is_refused(
     enter(monkeypatch, STAGE_3 | {"ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "false"})
     with pytest.raises(ConfigError, match="would save no model"):
         check_launch("sft")
+
+
+@pytest.mark.parametrize("offloaded", ["optimizer", "param"])
+def test_each_kind_of_offload_needs_a_gpu(without_gpu: None, offloaded: str) -> None:
+    options = {f"offload_{what}_device": "cpu" if what == offloaded else "none" for what in ("optimizer", "param")}
+    settings = {"zero_stage": 2, **options}
+    assert any("mine offloads from a GPU" in text for text in launch._deepspeed_problems(settings, "mine", "sft"))
 
 
 def test_without_a_gpu_there_is_nothing_to_offload(monkeypatch: pytest.MonkeyPatch, without_gpu: None) -> None:
@@ -409,6 +767,29 @@ def test_the_slurm_script_is_bash_and_uses_options_there_are() -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
     text = script.read_text()
     assert "--accelerate_config multinode" in text and all(option in text for option in launch.LAUNCH_OPTIONS)
+
+
+SLURM = {
+    # every "node" runs what `srun` was given, with a number of its own
+    "srun": 'shift; for n in 1 0; do SLURM_NODEID=$n "$@"; done; echo "cores $SRUN_CPUS_PER_TASK"',
+    "scontrol": "echo node7; echo node8",
+    "llmcore": 'echo "$*"',
+}
+
+
+def test_the_slurm_script_starts_one_launcher_per_machine_for_one_job(tmp_path: Path) -> None:
+    for name, text in SLURM.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "40003", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4"}
+    env = {**os.environ, **job, "SLURM_CPUS_PER_TASK": "32", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["bash", str(CONFIGS / "multinode.slurm"), "--module", "sft", "--run_name", "two words"]
+    *lines, cores = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert cores == "cores 32" and len(lines) == 2
+    for line, rank in zip(lines, ("1", "0"), strict=True):
+        meet = "--main_process_ip node7 --main_process_port 20003 --join_timeout 600"
+        head = f"launch --accelerate_config multinode --num_machines 2 --num_processes 8 --machine_rank {rank} {meet}"
+        assert line == f"{head} --module sft --run_name two words"
 
 
 @pytest.mark.parametrize(
@@ -478,9 +859,7 @@ def assert_equal_runs(found: Path, expected: Path, output: str) -> None:
 @pytest.mark.slow
 def test_two_launchers_are_one_job_that_equals_one_process(tmp_path: Path, alone: Callable[[str], Path]) -> None:
     """Two "machines" on loopback, one process each, over TCP. The global batch is that of the single process."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = str(probe.getsockname()[1])
+    port = free_port()
     meet = ["--main_process_ip", "127.0.0.1", "--main_process_port", port, "--num_machines", "2"]
     config = ["launch", "--accelerate_config", "cpu_2", "--num_processes", "2", *meet]
     nodes = [start(tmp_path, "dpo", "two", 16, *config, "--machine_rank", rank) for rank in ("0", "1")]
@@ -531,6 +910,6 @@ def test_a_worker_that_dies_at_the_start_ends_the_job(tmp_path: Path) -> None:
             workers |= set(psutil.Process(job.pid).children(recursive=True))
         time.sleep(0.2)
     output = job.communicate()[0]
-    assert job.returncode != 0 and "exitcode  : 3" in output and "rank      : 1" in output
+    assert job.returncode == 3 and "process 1 ended with exit code 3" in output and "Traceback" not in output
     assert workers and not psutil.wait_procs(workers, timeout=10)[1]
     assert not (tmp_path / "two" / "model.safetensors").exists()
