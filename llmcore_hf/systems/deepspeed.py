@@ -360,7 +360,9 @@ def train_engines(n_ranks: int, shape: ModelShape, training: Training, batches: 
     """All engines, one after the other, in the same processes: importing DeepSpeed takes longer than the training."""
     start = time.monotonic()
     engines = [*FLOAT32, *BFLOAT16]
-    ranks = workers.launch(data_parallel.train_all, n_ranks, engines, shape, training, batches)
+    # 16 ranks on two cores take 200 seconds for the toy's eight steps.
+    timeout = 300 + 60 * n_ranks
+    ranks = workers.launch(data_parallel.train_all, n_ranks, engines, shape, training, batches, timeout=timeout)
     print(f"{len(engines)} engines in {n_ranks} processes: {time.monotonic() - start:.1f} s", flush=True)
     return [Outcome(engine, [rank[i] for rank in ranks]) for i, engine in enumerate(engines)]
 
