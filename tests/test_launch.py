@@ -816,14 +816,16 @@ def test_deepspeed_configurations_become_what_their_names_say(name: str, stage: 
     assert str(args.zero3_save_16bit_model).lower() == ("true" if stage == 3 else "none")
 
 
-SHORT = ["--max_steps", "4", "--logging_steps", "1", "--max_eval_samples", "21", "--max_generation_samples", "5"]
+SHORT = ["--max_steps", "4", "--logging_steps", "1", "--max_eval_samples", "21"]
+ANSWERS = ["--max_generation_samples", "5"]
 
 
 def start(
     folder: Path, module: str, name: str, batch_size: int, *before: str, **variables: str
 ) -> subprocess.Popen[str]:
     """A short run as an installed user starts it; `before` goes in front of `--module`, `variables` into the environment."""
-    options = ["--module", module, "--toy", *SHORT, "--per_device_train_batch_size", str(batch_size)]
+    answers = [] if module == "reward" else ANSWERS
+    options = ["--module", module, "--toy", *SHORT, *answers, "--per_device_train_batch_size", str(batch_size)]
     command = [sys.executable, "-m", "llmcore_hf", *before, *options, "--output_dir", name]
     paths = [variables.pop("PYTHONPATH", ""), str(ROOT), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **variables}
@@ -880,7 +882,7 @@ def test_two_launchers_are_one_job_that_equals_one_process(tmp_path: Path, alone
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("module", "config"), [("sft", "zero2"), ("sft", "zero3"), ("dpo", "zero3")])
+@pytest.mark.parametrize(("module", "config"), [("sft", "zero2"), ("dpo", "zero3"), ("reward", "zero3")])
 def test_sharded_over_two_processes_a_run_equals_one_process(
     tmp_path: Path, alone: Callable[[str], Path], module: str, config: str
 ) -> None:
