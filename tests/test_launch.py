@@ -519,7 +519,7 @@ def test_a_checkpoint_that_another_machine_cannot_see_is_refused(
         run.resume_from(checkpoint)
         return
     with pytest.raises(
-        ConfigError, match=f"not complete where process {1 if here else 0} run.* folder that they share"
+        ConfigError, match=f"cannot be read whole by process {1 if here else 0}: .* folder that they share"
     ):
         run.resume_from(checkpoint)
 
