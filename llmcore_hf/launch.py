@@ -258,7 +258,7 @@ def number_problems(settings: dict[str, Any], chosen: dict[str, Any], file: Path
         if value is None:
             continue
         shown = f"--{name}" if f"--{name}" in chosen else f"{file}: `{name}`"
-        if isinstance(value, bool) or not re.fullmatch("[0-9]+", str(value)):
+        if not re.fullmatch("[0-9]+", str(value)):
             problems.append(f"{shown} takes a whole number, not {value!r}")
         elif int(value) < least:
             problems.append(f"{shown} is at least {least}, not {value}")

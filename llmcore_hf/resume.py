@@ -63,7 +63,7 @@ def check_seen_by_all(checkpoint: Path) -> None:
         ranks = ", ".join(map(str, blind))
         raise ConfigError(
             [
-                f"{checkpoint} is not complete where process{'es' * (len(blind) > 1)} {ranks} run: all machines need the "
+                f"{checkpoint} cannot be read whole by process{'es' * (len(blind) > 1)} {ranks}: all machines need the "
                 "same --output_dir, in a folder that they share. Copy the whole run directory there, and start again"
             ]
         )

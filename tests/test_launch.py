@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import importlib.util
 import json
+import logging
 import os
 import signal
 import socket
@@ -402,17 +403,25 @@ def test_without_options_of_the_user_the_launcher_does_not_load_the_module(monke
 
 @pytest.fixture
 def own_signals() -> Iterator[None]:
-    """torch's launcher takes over the signals of this process."""
+    """torch's launcher takes over the signals of this process, and `llmcore launch` its log."""
+    elastic = logging.getLogger("torch.distributed.elastic")
+    handlers, propagate = list(elastic.handlers), elastic.propagate
     kinds = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     before = {kind: signal.getsignal(kind) for kind in kinds}
     yield
     for kind, handler in before.items():
         signal.signal(kind, handler)
+    elastic.handlers, elastic.propagate = handlers, propagate
 
 
 @pytest.mark.parametrize(("name", "who"), [("cpu_1", "the process"), ("cpu_2", "process")])
 def test_a_failure_ends_with_the_processs_own_message_and_exit_code(
-    monkeypatch: pytest.MonkeyPatch, own_signals: None, capfd: pytest.CaptureFixture[str], name: str, who: str
+    monkeypatch: pytest.MonkeyPatch,
+    own_signals: None,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    who: str,
 ) -> None:
     """Real processes of a module that is not there: they import nothing heavy."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -421,6 +430,7 @@ def test_a_failure_ends_with_the_processs_own_message_and_exit_code(
     err = capfd.readouterr().err
     assert err.count("there is no module `nosuch`") == 1 and f"{who}" in err and " ended with exit code 2" in err
     assert "Traceback" not in err and "ChildFailedError" not in err and len(err.splitlines()) < 6
+    assert not [record for record in caplog.records if record.name.startswith("torch.distributed.elastic")]
 
 
 def test_what_torch_calls_a_distributed_error_is_told_with_the_way_out(
@@ -509,7 +519,7 @@ def test_a_checkpoint_that_another_machine_cannot_see_is_refused(
         run.resume_from(checkpoint)
         return
     with pytest.raises(
-        ConfigError, match=f"not complete where process {1 if here else 0} run.* folder that they share"
+        ConfigError, match=f"cannot be read whole by process {1 if here else 0}: .* folder that they share"
     ):
         run.resume_from(checkpoint)
 
