@@ -153,8 +153,10 @@ def test_workers_that_hang_are_stopped() -> None:
 
 
 LESSON = """
+import signal
 import sys
 sys.path.insert(0, {tests!r})
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background of a shell ignores it
 from llmcore_hf.systems import workers
 from test_systems_workers import wait_for_ever
 if __name__ == "__main__":
@@ -178,8 +180,8 @@ def test_workers_end_with_the_process_that_started_them(tmp_path, number: signal
         time.sleep(0.1)
     time.sleep(1)
     process.send_signal(number)
-    process.wait(timeout=120)
-    _, alive = psutil.wait_procs(found, timeout=120)
+    process.wait(timeout=60)
+    _, alive = psutil.wait_procs(found, timeout=60)
     for orphan in alive:
         orphan.kill()
     assert not alive
