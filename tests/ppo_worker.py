@@ -206,6 +206,7 @@ def main(mode: str, folder: str, *cases: str) -> None:
         else:
             run(mode, Path(folder), case)
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # nobody leaves while another still waits for a message
         torch.distributed.destroy_process_group()
 
 

@@ -297,7 +297,7 @@ def brief(completion_ids, **kwargs):
 def test_real_prompts_with_a_reward_of_ones_own(monkeypatch, tmp_path: Path, module: str, options) -> None:
     """An untrained model on real prompts: few steps teach it little, but all of the way is gone."""
     (tmp_path / "mine.py").write_text(BRIEF)
-    few = ("--max_train_samples", "200", "--max_eval_samples", "20", "--max_steps", "24", "--logging_steps", "4")
+    few = ("--max_train_samples", "200", "--max_eval_samples", "20", "--max_steps", "12", "--logging_steps", "4")
     sizes = (
         "--per_device_train_batch_size",
         "32",
