@@ -395,7 +395,8 @@ def test_the_port_of_another_machine_is_checked_for_its_range() -> None:
 
 def test_without_options_of_the_user_the_launcher_does_not_load_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry.Module, "load", lambda module: pytest.fail("this takes seconds"))
-    launch.read(["--accelerate_config", "cpu_2", "--module", "sft", "--toy"])
+    found = launch.read(["--accelerate_config", "cpu_2", "--module", "sft", "--toy"])
+    assert found.module_argv == ["--module", "sft", "--toy"]
 
 
 # ---------------------------------------------------------------- how a launch ends
@@ -594,16 +595,18 @@ def others(monkeypatch: pytest.MonkeyPatch, *notes: tuple[int, int | None, int |
 
 def test_processes_of_one_job_meet_once(monkeypatch: pytest.MonkeyPatch) -> None:
     process(monkeypatch, 1, of=2, LLMCORE_HF_NUM_PROCESSES="2", LLMCORE_HF_NUM_MACHINES="1")
-    others(monkeypatch, (0, 2, 1, 2))
+    store = others(monkeypatch, (0, 2, 1, 2))
     meeting.meet()
+    assert json.loads(store.get("1")) == {"processes": 2, "machines": 1, "world_size": 2}
     monkeypatch.setattr(meeting, "_open_store", lambda *args, **kwargs: pytest.fail("it has met them"))
     meeting.meet()
 
 
 def test_processes_that_torchrun_started_are_one_job(monkeypatch: pytest.MonkeyPatch) -> None:
     process(monkeypatch, 0, of=2)
-    others(monkeypatch, (1, None, None, 2))
+    store = others(monkeypatch, (1, None, None, 2))
     meeting.meet()
+    assert json.loads(store.get("0")) == {"processes": None, "machines": None, "world_size": 2}
 
 
 @pytest.mark.parametrize(
