@@ -175,7 +175,7 @@ class RunDirectory:
             "wall_seconds": round(_seconds_since_start(), 3),
             "peak_rss_mb": round(peak_rss_mb(), 1),
             "resumed_from": None,
-            "env": environment.describe(_dtype(self.config.values), bool(self.config.values.get("use_cpu"))),
+            "env": environment.describe(_dtype(self.config.values), _on_cpu(self.config.values)),
             **unknown,
             "metrics": summarize(self.history),
             "checks": [check.as_dict(self.config.toy) for check in self.checks],
@@ -467,6 +467,11 @@ def _dtype(values: dict[str, Any]) -> str:
     if values.get("fp16"):
         return "float16 (mixed)"
     return str(values.get("dtype") or "float32")
+
+
+def _on_cpu(values: dict[str, Any]) -> bool:
+    """Whether the run keeps to the CPU although there may be a GPU: `--use_cpu`, or a systems lesson's `--device cpu`."""
+    return bool(values.get("use_cpu")) or values.get("device") == "cpu"
 
 
 def _command(argv: list[str]) -> str:

@@ -234,7 +234,7 @@ def test_a_checkpoint_that_goes_on_elsewhere_fails_its_check() -> None:
 def test_going_on_is_compared_with_the_run_that_was_not_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps before the checkpoint and two after it, the last of them off by a quarter."""
     halves = {data_parallel.train_and_save: [4.0, 3.0], data_parallel.load_and_train: [2.0, 1.25]}
-    monkeypatch.setattr(workers, "launch", lambda work, n_ranks, *args: [halves[work]] * n_ranks)
+    monkeypatch.setattr(workers, "launch", lambda work, n_ranks, *args, device: [halves[work]] * n_ranks)
     losses, batches = [4.0, 3.0, 2.0, 1.0], torch.zeros(4, 8, 9)
     assert deepspeed.go_on((2, 2), (1, 1), SHAPE, TRAINING, batches, losses) == 0.25
     losses[-1] = float("nan")
@@ -284,7 +284,7 @@ def test_impossible_options_are_refused(options: dict[str, Any], problem: str) -
 @pytest.mark.parametrize("engine", [e for e in BY_NAME.values() if e.kind == "deepspeed"], ids=lambda e: e.name)
 def test_deepspeed_understands_its_configuration(engine: Engine) -> None:
     pytest.importorskip("deepspeed")
-    config = data_parallel.import_deepspeed().DeepSpeedConfig(deepspeed_config(engine, TRAINING, 1))
+    config = data_parallel.import_deepspeed("cpu").DeepSpeedConfig(deepspeed_config(engine, TRAINING, 1))
     assert config.zero_optimization_stage == engine.stage and config.gradient_clipping == 0
     assert not config.zero_config.use_multi_rank_bucket_allreduce
     assert bool(config.bfloat16_config.enabled) is engine.bf16
@@ -307,7 +307,7 @@ def test_three_ranks_hold_and_send_what_the_formulas_say_to_the_byte() -> None:
 @pytest.mark.slow
 def test_no_operator_of_deepspeed_would_be_compiled() -> None:
     pytest.importorskip("deepspeed")
-    library = data_parallel.import_deepspeed()
+    library = data_parallel.import_deepspeed("cpu")
     assert library.ops.__compatible_ops__ and not any(library.ops.__compatible_ops__.values())
     from deepspeed.comm.torch import build_shm_op
 

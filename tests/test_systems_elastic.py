@@ -57,7 +57,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, *outcomes: Any) -> list[tuple[Any,
     """Let the workers end as told, one outcome per start, the last one for all that follow. Returns what they were started with."""
     started: list[tuple[Any, ...]] = []
 
-    def launch(work: Any, n_ranks: int, *args: Any) -> Any:
+    def launch(work: Any, n_ranks: int, *args: Any, device: str) -> Any:
         outcome = outcomes[min(len(started), len(outcomes) - 1)]
         started.append((n_ranks, *args))
         if isinstance(outcome, Exception):
@@ -120,7 +120,7 @@ def test_every_run_of_the_lesson_outlives_the_death_of_a_worker(monkeypatch: pyt
     """Also the undisturbed one, and those that read its checkpoint: with one and with four ranks."""
     started: list[int] = []
 
-    def launch(work: Any, n_ranks: int, job: Job, batches: Any, kill_at: int | None) -> Any:
+    def launch(work: Any, n_ranks: int, job: Job, batches: Any, kill_at: int | None, device: str) -> Any:
         started.append(n_ranks)
         if len(started) % 2:  # every other start ends early
             raise DEATH
@@ -137,7 +137,7 @@ def test_every_run_of_the_lesson_outlives_the_death_of_a_worker(monkeypatch: pyt
 
 
 def test_a_weight_that_is_no_number_stands_as_null_in_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    def launch(work: Any, n_ranks: int, job: Job, batches: Any, kill_at: int | None) -> Any:
+    def launch(work: Any, n_ranks: int, job: Job, batches: Any, kill_at: int | None, device: str) -> Any:
         Path(job.folder, "checkpoint-2").mkdir(parents=True, exist_ok=True)
         weight = torch.full((1,), float("nan") if kill_at else 1.0)
         return [{**END, "weights": {"w": weight}}] * n_ranks

@@ -106,8 +106,8 @@ def taking_turns(ranks: list[list[Span]]) -> list[list[Span]]:
 
 def drawn(change: Any = lambda spans: spans) -> list[Bubble]:
     return [
-        Bubble.of("gpipe", 4, 1, [change(gpipe(2, 4))], computes=True),
-        Bubble.of("1f1b", 4, 1, [change(one_f_one_b())], computes=True),
+        Bubble.of("gpipe", 4, 1, [change(gpipe(2, 4))], by_cpu=True),
+        Bubble.of("1f1b", 4, 1, [change(one_f_one_b())], by_cpu=True),
     ]
 
 
@@ -127,6 +127,10 @@ def test_a_pipeline_whose_ranks_take_turns_fails_by_the_clock() -> None:
     assert [b.clock for b in serial] == [[pytest.approx(0.5)], [pytest.approx(0.5)]]
     for bubble in serial:
         assert verdicts([bubble]) == {**RIGHT, "bubble_by_the_clock": False}
+
+
+def test_on_a_gpu_nothing_is_said_about_cpu_time() -> None:
+    assert verdicts([Bubble.of("gpipe", 4, 1, [gpipe(2, 4)], by_cpu=False)]) == {**RIGHT, "bubble_by_cpu_time": None}
 
 
 INTERLEAVED = Bubble("interleaved", 2, 4, 2, [1 / 9], 1 / 9, [5, 3], [])

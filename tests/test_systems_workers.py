@@ -113,7 +113,7 @@ def test_a_network_interface_that_is_not_there_is_named(
     monkeypatch.setattr(workers, "_leave_with_parent", lambda: None)
     store = dist.TCPStore(workers.HOST, 0, is_master=True, wait_for_workers=False)
     with pytest.raises((RuntimeError, ValueError), match="nosuch0"):
-        workers._worker(0, add_up, 1, store.port, str(tmp_path), 9.0, ())
+        workers._worker(0, add_up, 1, store.port, str(tmp_path), "cpu", 9.0, ())
     told = (tmp_path / "0.txt").read_text()
     assert (
         told.startswith("did not get into the process group: Unable to find address for: nosuch0. ")

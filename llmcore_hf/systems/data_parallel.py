@@ -20,11 +20,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from llmcore_hf.distributed import forbid_deepspeed_to_compile
+from llmcore_hf.systems import devices
 from llmcore_hf.systems.parallel import MEASURED_STEP, ModelShape, Training, loss_of, make_model, make_optimizer, whole
 from llmcore_hf.systems.tracing import Collectives, n_bytes
 
@@ -90,9 +92,11 @@ class TorchReplica(Replica):
 
     def __init__(self, engine: Engine, model: nn.Module, training: Training) -> None:
         if engine.kind == "fsdp2":
+            # without a mesh, FSDP2 would take the GPU of a machine that has one
+            mesh = init_device_mesh(training.device, (dist.get_world_size(),))
             for layer in model.model.layers:
-                fully_shard(layer, reshard_after_forward=engine.reshard)
-            fully_shard(model, reshard_after_forward=engine.reshard)
+                fully_shard(layer, mesh=mesh, reshard_after_forward=engine.reshard)
+            fully_shard(model, mesh=mesh, reshard_after_forward=engine.reshard)
             self.model = model
         else:
             self.model = DistributedDataParallel(model, forward_sync_buffers=False)
@@ -118,10 +122,10 @@ class DeepSpeedReplica(Replica):
     """DeepSpeed's engine around PyTorch's AdamW."""
 
     def __init__(self, engine: Engine, model: nn.Module, training: Training, **settings: Any) -> None:
-        deepspeed = import_deepspeed()
+        deepspeed = import_deepspeed(training.device)
         optimizer = make_optimizer(model.parameters(), training)
         config = {**deepspeed_config(engine, training, dist.get_world_size()), **settings}
-        self.stage = engine.stage
+        self.stage, self.device = engine.stage, training.device
         self.model, self.optimizer, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
@@ -154,9 +158,9 @@ class DeepSpeedReplica(Replica):
         )
 
     def weights(self) -> dict[str, Tensor]:
-        deepspeed = import_deepspeed()
+        deepspeed = import_deepspeed(self.device)
         with deepspeed.zero.GatheredParameters(list(self.parameters.values()), enabled=self.stage == 3):
-            return {name: p.detach().float().clone() for name, p in self.parameters.items()}
+            return {name: whole(p.detach().float()) for name, p in self.parameters.items()}
 
 
 def make_replica(engine: Engine, shape: ModelShape, training: Training, **settings: Any) -> Replica:
@@ -193,9 +197,9 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def import_deepspeed() -> Any:
-    """DeepSpeed, quiet, on the CPU, and with no operator of its own to compile."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+def import_deepspeed(device: str) -> Any:
+    """DeepSpeed, quiet, on the CPU or the GPU, and with no operator of its own to compile."""
+    os.environ.setdefault("DS_ACCELERATOR", device)
     warnings.filterwarnings("ignore", category=FutureWarning)  # it calls collectives by their former names
     import deepspeed
 
@@ -254,9 +258,10 @@ def train_with(engine: Engine, shape: ModelShape, training: Training, batches: T
     replica = make_replica(engine, shape, training)
     collectives, trace = Collectives(), GradientTrace(replica)
     losses, seconds, cpu_seconds, at_rest = [], [], [], 0
-    for index, rows in enumerate(batches):
+    device = devices.own(training.device)
+    for index, rows in enumerate(batches.to(device)):
         measured = index == MEASURED_STEP
-        wall, cpu = time.monotonic(), time.process_time()
+        wall, cpu = devices.now(device), time.process_time()
         with collectives if measured else contextlib.nullcontext():
             collectives.phase = "forward"
             loss = forward(replica, rows)
@@ -267,7 +272,7 @@ def train_with(engine: Engine, shape: ModelShape, training: Training, batches: T
                 at_rest = replica.gradient_bytes()
             collectives.phase = "step"
             replica.step()
-        seconds.append(time.monotonic() - wall)
+        seconds.append(devices.now(device) - wall)
         cpu_seconds.append(time.process_time() - cpu)
         losses.append(mean_over_ranks(loss))
     return {
@@ -324,7 +329,7 @@ class GradientTrace:
 def train_and_save(engine: Engine, shape: ModelShape, training: Training, batches: Tensor, folder: str) -> list[float]:
     """Train, save DeepSpeed's checkpoint (a file per rank), and make the universal one of it."""
     replica = make_replica(engine, shape, training)
-    losses = _train(replica, batches)
+    losses = _train(replica, batches.to(devices.own(training.device)))
     replica.model.save_checkpoint(folder, tag="saved", client_state=UNIVERSAL)
     if dist.get_rank() == 0:
         _make_universal(Path(folder))
@@ -354,7 +359,7 @@ def load_and_train(engine: Engine, shape: ModelShape, training: Training, batche
     """Go on from the universal checkpoint in `folder`, in however many processes there are now."""
     replica = make_replica(engine, shape, training, checkpoint={"load_universal": True})
     replica.model.load_checkpoint(folder, tag="universal")
-    return _train(replica, batches)
+    return _train(replica, batches.to(devices.own(training.device)))
 
 
 def _train(replica: Replica, batches: Tensor) -> list[float]:

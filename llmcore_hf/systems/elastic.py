@@ -34,8 +34,9 @@ from llmcore_hf.checks import Check
 from llmcore_hf.config import Config
 from llmcore_hf.durability import last_complete, mark_complete
 from llmcore_hf.run_dir import finite
-from llmcore_hf.systems import workers
+from llmcore_hf.systems import devices, workers
 from llmcore_hf.systems.data_parallel import Engine, Replica, forward, make_replica, mean_over_ranks
+from llmcore_hf.systems.devices import DeviceArguments
 from llmcore_hf.systems.parallel import ModelShape, Training, largest_difference, learning_rate_problems, require_finite
 from llmcore_hf.systems.text import VOCAB_SIZE, packed_batches
 from llmcore_hf.systems.workers import WorkerFailed
@@ -50,7 +51,7 @@ READERS = (1, 4)  # numbers of ranks that read what two have saved
 
 
 @dataclass
-class Args(lesson.LessonArguments):
+class Args(DeviceArguments):
     hidden_size: int = field(default=64, metadata={"help": "Width of the model, a multiple of 8."})
     num_hidden_layers: int = field(default=4, metadata={"help": "Layers."})
     max_length: int = field(default=32, metadata={"help": "Tokens per sequence."})
@@ -69,6 +70,7 @@ class Args(lesson.LessonArguments):
             ),
             *self.not_positive("learning_rate"),
             *learning_rate_problems(self.learning_rate),
+            *self.too_few_gpus(max(READERS)),
         ]
         if not 1 <= self.save_steps < self.max_steps:
             found.append(
@@ -111,6 +113,7 @@ def train(job: Job, batches: Tensor, kill_at: int | None) -> dict[str, Any]:
         `begin`, the step after which it went on; `losses` of all steps, those before the restart too; `weights`.
     """
     replica = make_replica(ENGINE, job.shape, job.training)
+    batches = batches.to(devices.own(job.training.device))
     checkpoint = last_complete(Path(job.folder))[0]
     losses = load(replica, checkpoint) if checkpoint else []
     begin = len(losses)
@@ -185,7 +188,8 @@ def supervise(
     restarts, begun = 0, time.monotonic()
     while True:
         try:
-            [result, *_] = workers.launch(train, n_ranks, job, batches, kill_at if restarts == 0 else None)
+            now = kill_at if restarts == 0 else None
+            [result, *_] = workers.launch(train, n_ranks, job, batches, now, device=job.training.device)
             break
         except WorkerFailed as error:
             if restarts == max_restarts:
@@ -206,7 +210,8 @@ def run(config: Config, run_dir: RunDirectory) -> None:
     """One undisturbed run, the killed ones, a checkpoint read by other numbers of ranks; check and draw."""
     args = config.part(Args)
     shape = ModelShape("qwen3", VOCAB_SIZE, args.hidden_size, 3 * args.hidden_size, args.num_hidden_layers, 4)
-    training = Training(args.max_steps, args.batch_size, args.max_length, 1, args.learning_rate, 1e-5, args.seed)
+    sizes = (args.max_steps, args.batch_size, args.max_length, 1)
+    training = Training(*sizes, args.learning_rate, 1e-5, args.seed, device=args.device)
     batches = packed_batches(training.max_steps, training.batch_size, training.seq_length, args.seed)
     steps = kill_steps(args)
     with tempfile.TemporaryDirectory(prefix="llmcore-elastic-") as folder:

@@ -1,8 +1,8 @@
 """Model parallelism as in Megatron-LM: tensor, sequence, pipeline and data parallel, alone and all together (3D).
 
-The run starts its own processes (torch.distributed, gloo, loopback), trains one small model in every layout, and compares each
-with the same training in a single process, which uses the model of `transformers` as it is: losses, the gradients of the
-first step and the final weights must agree. Then it holds what each rank keeps and sends against the formulas, exactly.
+The run starts its own processes (torch.distributed), trains one small model in every layout, and compares each with the
+same training in a single process, which uses the model of `transformers` as it is: losses, the gradients of the first step
+and the final weights must agree. Then it holds what each rank keeps and sends against the formulas, exactly.
 
     tensor parallel     Y = f(X A) B, A split by columns, B by rows: one all-reduce after B forward, one before A backward,
                         so two and two per layer (attention, MLP). Shoeybi et al. 2019, arXiv:1909.08053, section 3.
@@ -14,8 +14,9 @@ first step and the final weights must agree. Then it holds what each rank keeps 
     data parallel       a replica each, one all-reduce of all gradients; DDP sends a large model's in buckets, as they come in.
 
 How this differs from Megatron-LM: its layers are CUDA code of its own, these are `transformers` layers split by DTensor plans
-and `torch.distributed.pipelining`; transport is gloo over loopback, so times show orders, not what a GPU would do. Embedding and
-head are not tied, because the first and the last stage would have to keep one matrix in step.
+and `torch.distributed.pipelining`; on a CPU transport is gloo over loopback, so times show orders, not what a GPU would do (`--device
+cuda` takes a GPU and NCCL for each process). Embedding and head are not tied, because the first and the last stage would have to keep
+one matrix in step.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from llmcore_hf.checks import Check
 from llmcore_hf.config import Config
 from llmcore_hf.run_dir import finite
 from llmcore_hf.systems import formulas, parallel, pipeline, workers
+from llmcore_hf.systems.devices import DeviceArguments
 from llmcore_hf.systems.parallel import Layout, ModelShape, Training
 from llmcore_hf.systems.pipeline import Span, ideal_bubble
 from llmcore_hf.systems.text import VOCAB_SIZE, packed_batches
@@ -61,7 +63,7 @@ CPU_MARGIN, CLOCK_MARGIN, SLEEP_MARGIN = 0.04, (0.1, 0.25), (0.01, 0.15)
 
 
 @dataclass
-class Args(lesson.LessonArguments):
+class Args(DeviceArguments):
     architecture: str = field(
         default="qwen3",
         metadata={"help": "Layers of the model, from transformers.", "choices": ["qwen3", "qwen2", "llama"]},
@@ -117,6 +119,7 @@ class Args(lesson.LessonArguments):
             ),
             *self.not_positive("learning_rate", "adam_epsilon", "tolerance", "stage_seconds"),
             *parallel.learning_rate_problems(self.learning_rate),
+            *self.too_few_gpus(max(layout.world_size for layout in LAYOUTS)),
         ]
 
     @property
@@ -141,6 +144,7 @@ class Args(lesson.LessonArguments):
             self.adam_epsilon,
             self.seed,
             self.dtype,
+            self.device,
         )
 
 
@@ -202,7 +206,8 @@ class Outcome:
 
 def train_layout(layout: Layout, shape: ModelShape, training: Training, batches: Tensor) -> Outcome:
     start = time.monotonic()
-    ranks = workers.launch(parallel.train, layout.world_size, layout, shape, training, batches)
+    common = (shape, training, batches)
+    ranks = workers.launch(parallel.train, layout.world_size, layout, *common, device=training.device)
     print(f"{layout.name}: {layout.world_size} processes, {time.monotonic() - start:.1f} s", flush=True)
     return Outcome.of(layout, ranks)
 
@@ -229,7 +234,7 @@ class Bubble:
 
     Attributes:
         clock: of single steps, the first (warm-up) left out.
-        cpu: by the CPU seconds of each computation, the least over the steps; None where stages sleep and use none.
+        cpu: by the CPU seconds of each computation, the least over the steps; None where stages sleep, or use a GPU.
         spans: of the step with the smallest bubble, by rank.
     """
 
@@ -244,11 +249,11 @@ class Bubble:
 
     @classmethod
     def of(
-        cls, schedule: str, n_microbatches: int, n_chunks: int, steps: list[list[list[Span]]], computes: bool
+        cls, schedule: str, n_microbatches: int, n_chunks: int, steps: list[list[list[Span]]], by_cpu: bool
     ) -> Bubble:
         clock = [pipeline.measured_bubble(step) for step in steps]
         best = steps[clock.index(min(clock))]
-        cpu = pipeline.cpu_bubble(pipeline.least_cpu(steps)) if computes else None
+        cpu = pipeline.cpu_bubble(pipeline.least_cpu(steps)) if by_cpu else None
         in_flight = [pipeline.in_flight(rank) for rank in best]
         return cls(schedule, len(best), n_microbatches, n_chunks, clock, cpu, in_flight, best)
 
@@ -277,7 +282,7 @@ def computed_bubbles(args: Args) -> list[Bubble]:
             args.num_microbatches,
             outcome.layout.n_chunks,
             [outcome.spans(step) for step in range(1, args.bubble_steps)],
-            computes=True,
+            by_cpu=args.device == "cpu",
         )
         for name, outcome in outcomes.items()
     ]
@@ -292,7 +297,7 @@ def declared_bubbles(args: Args) -> list[Bubble]:
     found = []
     for i, (name, n_chunks, n_microbatches) in enumerate(cases):
         steps = [list(spans) for spans in zip(*(rank[i] for rank in ranks), strict=True)]
-        found.append(Bubble.of(name, n_microbatches, n_chunks, steps, computes=False))
+        found.append(Bubble.of(name, n_microbatches, n_chunks, steps, by_cpu=False))
     return found
 
 
@@ -400,6 +405,7 @@ def activation_check(outcomes: dict[str, Outcome]) -> Check:
 
 def pipeline_checks(computed: list[Bubble], declared: list[Bubble]) -> list[Check]:
     every = [*computed, *declared]
+    on_gpu = any(b.cpu is None for b in computed)
     low, high = CLOCK_MARGIN
     low_sleeping, high_sleeping = SLEEP_MARGIN
     return [
@@ -416,7 +422,7 @@ def pipeline_checks(computed: list[Bubble], declared: list[Bubble]) -> list[Chec
         Check(
             "megatron.bubble_by_cpu_time",
             "invariant",
-            all(b.cpu is not None and abs(b.cpu - b.ideal) <= CPU_MARGIN for b in computed),
+            None if on_gpu else all(b.cpu is not None and abs(b.cpu - b.ideal) <= CPU_MARGIN for b in computed),
             {b.schedule: b.cpu for b in computed},
             "; ".join(f"{b.schedule} {b.ideal:.3f}" for b in computed) + f", within {CPU_MARGIN}",
             "两个进程真实计算，按真实执行次序、用每次计算的 CPU 时间重排：气泡等于 (p-1)/(vm+p-1)，不受机器上其他程序影响。",

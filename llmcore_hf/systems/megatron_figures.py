@@ -130,7 +130,8 @@ def draw_parallelism(
     _draw_holdings(above.subplots(), outcome, alone)
     axes = below.subplots(len(computed), 2)
     for row, (left, right) in enumerate(zip(computed, declared, strict=True)):
-        _draw_gantt(axes[row, 0], left, f"by CPU time {left.cpu:.3f}, ")
+        by_cpu = "" if left.cpu is None else f"by CPU time {left.cpu:.3f}, "
+        _draw_gantt(axes[row, 0], left, by_cpu)
         _draw_gantt(axes[row, 1], right, "")
     sleeping = f"Stages that sleep: forward {args.stage_seconds * 1000:g} ms, backward twice (declared times)"
     for column, text in enumerate(("Stages that compute", sleeping)):

@@ -33,6 +33,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from llmcore_hf.run_dir import Diverged
+from llmcore_hf.systems import devices
 from llmcore_hf.systems.pipeline import BETWEEN_STAGES, Span, TimedStage, make_schedule, take_spans
 from llmcore_hf.systems.tracing import Activations, Collectives, local, n_bytes
 
@@ -66,6 +67,7 @@ class Training:
     adam_epsilon: float
     seed: int
     dtype: str = "float32"
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class Layout:
 
 
 def make_model(shape: ModelShape, training: Training) -> nn.Module:
-    """The whole model, with weights that depend on the seed alone."""
+    """The whole model on this process's device, with weights that depend on the seed alone."""
     from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
     config_class = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig}[shape.architecture]
@@ -114,7 +116,7 @@ def make_model(shape: ModelShape, training: Training) -> nn.Module:
         attn_implementation="sdpa",
     )
     torch.manual_seed(training.seed)
-    return AutoModelForCausalLM.from_config(config).to(getattr(torch, training.dtype))
+    return AutoModelForCausalLM.from_config(config).to(devices.own(training.device), getattr(torch, training.dtype))
 
 
 class Stage(nn.Module):
@@ -132,7 +134,8 @@ class Stage(nn.Module):
         self.norm = model.model.norm if index == n_stages - 1 else None
         self.lm_head = model.lm_head if index == n_stages - 1 else None
         self.rotary_emb = model.model.rotary_emb
-        self.register_buffer("position_ids", torch.arange(seq_length).unsqueeze(0), persistent=False)  # (1, T)
+        position_ids = torch.arange(seq_length, device=model.device).unsqueeze(0)  # (1, T)
+        self.register_buffer("position_ids", position_ids, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Token ids (B, T) or hidden states (B, T, H) -> hidden states, or logits (B, T, V) in the last stage."""
@@ -215,9 +218,11 @@ class Worker:
     """
 
     def __init__(self, layout: Layout, shape: ModelShape, training: Training, batches: Tensor) -> None:
-        self.layout, self.training, self.batches = layout, training, batches
+        self.layout, self.training = layout, training
+        self.device = devices.own(training.device)
+        self.batches = batches.to(self.device)
         sizes = (layout.pp, layout.dp, layout.tp)
-        self.mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("pp", "dp", "tp"))
+        self.mesh = init_device_mesh(training.device, sizes, mesh_dim_names=("pp", "dp", "tp"))
         self.collectives = Collectives()
         model = make_model(shape, training)
         n_stages = layout.pp * layout.n_chunks
@@ -245,7 +250,7 @@ class Worker:
 
     def _timed_stage(self, stage: Stage, index: int, n_stages: int) -> TimedStage:
         group = self.mesh["pp"].get_group()
-        return TimedStage(stage, index, n_stages, torch.device("cpu"), group=group, on_phase=self.enter)
+        return TimedStage(stage, index, n_stages, self.device, group=group, on_phase=self.enter)
 
     def enter(self, phase: str) -> None:
         self.collectives.phase = phase
@@ -254,7 +259,7 @@ class Worker:
     def holds_loss(self) -> bool:
         return self.stages[-1].lm_head is not None
 
-    def forward_backward(self, ids: Tensor, labels: Tensor) -> float | None:
+    def forward_backward(self, ids: Tensor, labels: Tensor) -> Tensor | None:
         """Gradients of one step, before they are shared between data-parallel ranks. Returns the loss where it is known."""
         if self.layout.pp > 1:
             return self._pipelined(ids, labels)
@@ -264,16 +269,16 @@ class Worker:
         loss = loss_of(logits, labels)
         self.enter("backward")
         loss.backward()
-        return float(local(loss.detach()))
+        return local(loss.detach())
 
-    def _pipelined(self, ids: Tensor, labels: Tensor) -> float | None:
+    def _pipelined(self, ids: Tensor, labels: Tensor) -> Tensor | None:
         first = self.stages[0].embed_tokens is not None
         losses: list[Tensor] = []
         inputs = (ids,) if first else ()
         target = {"target": labels, "losses": losses} if self.holds_loss else {}
         self.enter(BETWEEN_STAGES)
         self.schedule.step(*inputs, **target, return_outputs=False)
-        return sum(float(local(loss.detach())) for loss in losses) / len(losses) if losses else None
+        return torch.stack([local(loss.detach()) for loss in losses]).mean() if losses else None
 
     def finish_gradients(self) -> None:
         """Add up what is still spread over processes: partial sums of norm weights, and the shares of the batch."""
@@ -302,7 +307,7 @@ class Worker:
                 loss = self.forward_backward(rows[:, :-1], rows[:, 1:])
                 self.finish_gradients()
         self.optimizer.step()
-        return loss
+        return None if loss is None else float(loss)
 
 
 BETA_1 = 0.9  # AdamW's default
@@ -342,9 +347,9 @@ def _train(worker: Worker, n_steps: int) -> dict[str, Any]:
     spans: list[list[Span]] = []
     gradients: dict[str, Tensor] = {}
     for index in range(n_steps):
-        wall, cpu = time.monotonic(), time.process_time()
+        wall, cpu = devices.now(worker.device), time.process_time()
         losses.append(worker.step(index, measure=index == MEASURED_STEP))
-        seconds.append(time.monotonic() - wall)
+        seconds.append(devices.now(worker.device) - wall)
         cpu_seconds.append(time.process_time() - cpu)
         if index == 0:
             gradients = {name: whole(p.grad) for name, p in worker.parameters.items()}
@@ -372,8 +377,8 @@ def _train(worker: Worker, n_steps: int) -> dict[str, Any]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor in full; every process of its mesh must ask at once."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+    """A copy of the tensor in full, on the CPU; every process of its mesh must ask at once."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone().cpu()
 
 
 def train_alone(shape: ModelShape, training: Training, batches: Tensor) -> dict[str, Any]:
@@ -382,12 +387,12 @@ def train_alone(shape: ModelShape, training: Training, batches: Tensor) -> dict[
     Raises:
         Diverged: a loss is not a finite number.
     """
-    model = make_model(shape, training)
+    model, device = make_model(shape, training), devices.own(training.device)
     optimizer = make_optimizer(model.parameters(), training)
     activations = Activations(model.parameters())
     losses, gradients, seconds, cpu_seconds = [], {}, [], []
-    for index, rows in enumerate(batches):
-        wall, cpu = time.monotonic(), time.process_time()
+    for index, rows in enumerate(batches.to(device)):
+        wall, cpu = devices.now(device), time.process_time()
         optimizer.zero_grad()
         with activations.recording():
             loss = loss_of(model(input_ids=rows[:, :-1]).logits, rows[:, 1:])
@@ -396,14 +401,14 @@ def train_alone(shape: ModelShape, training: Training, batches: Tensor) -> dict[
             gradients = {name: whole(p.grad) for name, p in model.named_parameters()}
         optimizer.step()
         losses.append(float(loss.detach()))
-        seconds.append(time.monotonic() - wall)
+        seconds.append(devices.now(device) - wall)
         cpu_seconds.append(time.process_time() - cpu)
     require_finite(losses, training.learning_rate)
     states = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
     return {
         "losses": losses,
         "gradients": gradients,
-        "weights": {name: p.detach().clone() for name, p in model.named_parameters()},
+        "weights": {name: whole(p.detach()) for name, p in model.named_parameters()},
         "bytes": {
             "parameters": n_bytes(model.parameters()),
             "gradients": n_bytes(p.grad for p in model.parameters()),

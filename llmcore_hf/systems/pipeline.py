@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, schedules
 
+from llmcore_hf.systems.devices import now
+
 SCHEDULES = {
     "gpipe": schedules.ScheduleGPipe,
     "1f1b": schedules.Schedule1F1B,
@@ -50,9 +52,9 @@ class TimedStage(PipelineStage):
 
     def _timed(self, kind: str, compute: Callable[..., Any], microbatch: int, *args: Any, **kwargs: Any) -> Any:
         self.on_phase(kind)
-        start, cpu = time.monotonic(), time.thread_time()
+        start, cpu = now(self.device), time.thread_time()
         result = compute(microbatch, *args, **kwargs)
-        end, cpu = time.monotonic(), time.thread_time() - cpu
+        end, cpu = now(self.device), time.thread_time() - cpu
         self.spans.append((kind, self.stage_index, microbatch, start, end, cpu))
         self.on_phase(BETWEEN_STAGES)
         return result

@@ -11,7 +11,6 @@ al. 2019 (arXiv:1905.12322); the rule of the loss scale, `torch.amp.GradScaler`.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcore_hf.run_dir import Diverged
+from llmcore_hf.systems.devices import now
 from llmcore_hf.systems.parallel import ModelShape, Training, loss_of, make_model, make_optimizer
 from llmcore_hf.systems.tracing import Activations, n_bytes
 
@@ -224,15 +224,15 @@ def train(
             )
         before = [w.detach().clone() for w in trainee.stored]
         scale = trainee.scaler.get_scale()
-        start = _now(device)
+        start = now(device)
         loss = trainee.backward(rows)
-        halfway = _now(device)
+        halfway = now(device)
         gradient = [_gradient(p) for p in trainee.parameters]
         found.n_bytes = trainee.held()  # of the last step: Adam has its state once a step was not left out
-        resumed = _now(device)
+        resumed = now(device)
         if index not in left_out:
             trainee.step(index)
-        seconds = _now(device) - resumed + halfway - start
+        seconds = now(device) - resumed + halfway - start
         found.steps.append(_measure(trainee, before, gradient, exact, loss, scale, seconds))
         found.weights.append([w.detach().to("cpu", torch.float64, copy=True) for w in trainee.stored])
     with trainee.activations.recording():
@@ -306,12 +306,6 @@ def _measure(
 def _gradient(parameter: nn.Parameter) -> Tensor:
     assert parameter.grad is not None
     return parameter.grad.detach().double()
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def norm(tensors: Iterable[Tensor]) -> float:
@@ -392,7 +386,7 @@ def matmul_seconds(n: int, dtype: torch.dtype, device: torch.device, repeats: in
     matrix = torch.randn(n, n, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     times = []
     for _ in range(repeats + 1):
-        start = _now(device)
+        start = now(device)
         matrix @ matrix
-        times.append(_now(device) - start)
+        times.append(now(device) - start)
     return statistics.median(times[1:])

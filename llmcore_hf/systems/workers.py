@@ -23,6 +23,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from llmcore_hf.errors import UserError
+from llmcore_hf.systems import devices
 
 HOST = "127.0.0.1"
 # Imported once, by the server that forks the workers: they start in a tenth of a second, not in five.
@@ -33,15 +34,18 @@ class WorkerFailed(UserError):
     """A worker ended before its work was done; the others have been stopped."""
 
 
-def launch(work: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300) -> list[Any]:
-    """Run `work(*args)` in `world_size` new processes that form one gloo process group on the loopback interface.
+def launch(
+    work: Callable[..., Any], world_size: int, *args: Any, device: str = "cpu", timeout: float = 300
+) -> list[Any]:
+    """Run `work(*args)` in `world_size` new processes that form one process group on this machine.
 
     Args:
         work: a function at the top level of a module. What it returns is tensors and plain data.
+        device: "cpu" for gloo on the loopback interface, "cuda" for NCCL and a GPU for each process.
         timeout: seconds after which the workers are stopped, and after which a collective gives up.
 
     Returns:
-        what each worker returned, by rank.
+        what each worker returned, by rank, its tensors on the CPU.
 
     Raises:
         WorkerFailed: a worker died, or they took longer than `timeout`.
@@ -53,13 +57,14 @@ def launch(work: Callable[..., Any], world_size: int, *args: Any, timeout: float
     with tempfile.TemporaryDirectory(prefix="llmcore-workers-") as folder:
         context = torch.multiprocessing.start_processes(
             _worker,
-            args=(work, world_size, store.port, folder, timeout, args),
+            args=(work, world_size, store.port, folder, device, timeout, args),
             nprocs=world_size,
             join=False,
             start_method="forkserver",
         )
         _join(context, time.monotonic() + timeout, timeout, Path(folder))
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
+        files = [Path(folder) / f"{rank}.pt" for rank in range(world_size)]
+        return [torch.load(file, map_location="cpu", weights_only=True) for file in files]
 
 
 def _join(context: torch.multiprocessing.ProcessContext, deadline: float, timeout: float, folder: Path) -> None:
@@ -101,6 +106,7 @@ def _worker(
     world_size: int,
     port: int,
     folder: str,
+    device: str,
     timeout: float,
     args: tuple[Any, ...],
 ) -> None:
@@ -115,7 +121,8 @@ def _worker(
     limit = timedelta(seconds=timeout)
     try:
         store = dist.TCPStore(HOST, port, is_master=False, timeout=limit)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
+        group = {"store": store, "rank": rank, "world_size": world_size, "timeout": limit}
+        dist.init_process_group(devices.BACKENDS[device], device_id=devices.use(device, rank), **group)
     except (RuntimeError, ValueError) as error:
         (Path(folder) / f"{rank}.txt").write_text(_no_group(error), encoding="utf-8")
         raise
