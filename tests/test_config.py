@@ -842,7 +842,7 @@ def test_a_repeated_run_decides_about_conversations_as_the_first_did(monkeypatch
     splits = types.SimpleNamespace(train=types.SimpleNamespace(column_names=["messages"]))
     monkeypatch.setattr(sft.training, "prepare", lambda *args: types.SimpleNamespace(tokenizer=None))
     monkeypatch.setattr(sft.training, "require_chat_template", lambda *args: None)
-    monkeypatch.setattr(sft, "load", lambda *args, **options: splits)
+    monkeypatch.setattr(sft.training, "load_splits", lambda *args: splits)
     monkeypatch.setattr(sft, "prompt_limit", lambda *args: None)
     trained: list[bool] = []
 

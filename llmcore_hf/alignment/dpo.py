@@ -23,7 +23,7 @@ from llmcore_hf.alignment.training import Job, ModelArguments
 from llmcore_hf.checks import Check
 from llmcore_hf.config import Config, RunArguments
 from llmcore_hf.curves import HELD_OUT, REJECTED, TRAIN, Line, Panel, draw
-from llmcore_hf.data.loading import DataArguments, Splits, load
+from llmcore_hf.data.loading import DataArguments, Splits
 from llmcore_hf.errors import UserError
 from llmcore_hf.run_dir import RunDirectory
 
@@ -80,16 +80,7 @@ def run(config: Config, run_dir: RunDirectory) -> None:
     """Load, evaluate, train, evaluate again on the same held-out pairs, check, and write the evidence."""
     args: DPOConfig = config.part(argument_classes()[-1])
     job = training.prepare(config, config.part(ModelArguments), args)
-    splits = load(
-        config.part(DataArguments),
-        "preference",
-        args.seed,
-        args.dataset_num_proc,
-        args.load_best_model_at_end,
-        limit=prompt_limit_of(job, args.max_length),
-        bad_rows_file=run_dir.path / training.BAD_ROWS,
-    )
-    training.refuse_images(config.module, splits)
+    splits = training.load_splits(config, args, "preference", run_dir, prompt_limit_of(job, args.max_length))
     training.require_chat_template(job.tokenizer, splits)
 
     with training.explaining(job, splits):

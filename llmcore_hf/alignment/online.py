@@ -17,7 +17,7 @@ from llmcore_hf.alignment.training import Job
 from llmcore_hf.checks import Check
 from llmcore_hf.config import Config
 from llmcore_hf.curves import HELD_OUT, REJECTED, TRAIN, Line, Panel
-from llmcore_hf.data.loading import DataArguments, Splits, load
+from llmcore_hf.data.loading import Splits
 from llmcore_hf.errors import UserError
 from llmcore_hf.models import loading
 from llmcore_hf.ppo.rewards import Batch, RewardError, Scorer, load_reward_model, shown
@@ -50,15 +50,7 @@ def check(config: Config) -> list[str]:
 def load_prompts(config: Config, job: Job, run_dir: RunDirectory) -> Splits:
     """The prompts; those that leave no room for an answer are problems of the dataset."""
     args = config.parts[-1]  # PPOConfig or GRPOConfig
-    splits = load(
-        config.part(DataArguments),
-        TASK,
-        args.seed,
-        limit=_room(job, args.max_completion_length),
-        chooses_best=args.load_best_model_at_end,
-        bad_rows_file=run_dir.path / training.BAD_ROWS,
-    )
-    training.refuse_images(config.module, splits)
+    splits = training.load_splits(config, args, TASK, run_dir, _room(job, args.max_completion_length))
     training.require_chat_template(job.tokenizer, splits)
     return splits
 

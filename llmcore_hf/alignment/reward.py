@@ -24,7 +24,7 @@ from llmcore_hf.alignment.training import Job, ModelArguments
 from llmcore_hf.checks import Check
 from llmcore_hf.config import Config, RunArguments
 from llmcore_hf.curves import HELD_OUT, REJECTED, TRAIN, Line, Panel, draw
-from llmcore_hf.data.loading import DataArguments, Splits, load
+from llmcore_hf.data.loading import DataArguments, Splits
 from llmcore_hf.data.preparing import ROW_BYTES, ROW_TURNS
 from llmcore_hf.errors import UserError
 from llmcore_hf.run_dir import RunDirectory
@@ -82,16 +82,8 @@ def run(config: Config, run_dir: RunDirectory) -> None:
     """Load, evaluate, train, evaluate again on the same held-out pairs, check, and write the evidence."""
     args: RewardConfig = config.part(argument_classes()[-1])
     job = training.prepare(config, config.part(ModelArguments), args)
-    splits = load(
-        config.part(DataArguments),
-        "preference",
-        args.seed,
-        args.dataset_num_proc,
-        args.load_best_model_at_end,
-        limit=None if args.chat_template_path else prompt_limit_of(job, args.max_length),
-        bad_rows_file=run_dir.path / training.BAD_ROWS,
-    )
-    training.refuse_images(config.module, splits)
+    limit = None if args.chat_template_path else prompt_limit_of(job, args.max_length)
+    splits = training.load_splits(config, args, "preference", run_dir, limit)
     if not args.chat_template_path:
         training.require_chat_template(job.tokenizer, splits)
 

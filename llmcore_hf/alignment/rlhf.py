@@ -20,6 +20,7 @@ from llmcore_hf.checks import Check
 from llmcore_hf.config import Config, RunArguments, resolve_mapping
 from llmcore_hf.curves import HELD_OUT, REJECTED, TRAIN, Line, Panel, draw
 from llmcore_hf.errors import ConfigError
+from llmcore_hf.models import loading
 from llmcore_hf.models.tiny import TINY_MODELS
 from llmcore_hf.run_dir import RunDirectory
 from llmcore_hf.stages import merged_eval, read_summary, run_stage
@@ -131,7 +132,7 @@ def run(config: Config, run_dir: RunDirectory) -> None:
 
 def whole_model(folder: Path) -> Path:
     """The model that the first stage saved; an adapter is merged into its base, once, as the next stages start from it."""
-    if not (folder / "adapter_config.json").exists():
+    if not loading.is_adapter(str(folder)):
         return folder
     merged = folder / "merged"
     if distributed.is_main_process() and not merged.exists():

@@ -19,7 +19,7 @@ from llmcore_hf.alignment.training import Job, ModelArguments
 from llmcore_hf.checks import Check
 from llmcore_hf.config import HOUSE, Config, RunArguments
 from llmcore_hf.curves import HELD_OUT, TRAIN, Line, Panel, draw
-from llmcore_hf.data.loading import DataArguments, Splits, load
+from llmcore_hf.data.loading import DataArguments, Splits
 from llmcore_hf.errors import UserError
 from llmcore_hf.run_dir import RunDirectory
 
@@ -52,16 +52,7 @@ def run(config: Config, run_dir: RunDirectory) -> None:
     """Load, evaluate, train, evaluate again on the same held-out rows, check, and write the evidence."""
     args: SFTConfig = config.part(argument_classes()[-1])
     job = training.prepare(config, config.part(ModelArguments), args)
-    splits = load(
-        config.part(DataArguments),
-        "sft",
-        args.seed,
-        args.dataset_num_proc,
-        args.load_best_model_at_end,
-        limit=prompt_limit(config, job, args),
-        bad_rows_file=run_dir.path / training.BAD_ROWS,
-    )
-    training.refuse_images(config.module, splits)
+    splits = training.load_splits(config, args, "sft", run_dir, prompt_limit(config, job, args))
     if not args.chat_template_path:
         training.require_chat_template(job.tokenizer, splits)
     if "messages" in splits.train.column_names and not config.is_set("assistant_only_loss"):

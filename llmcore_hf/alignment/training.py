@@ -35,7 +35,7 @@ from llmcore_hf.alignment.checkpointing import (
 )
 from llmcore_hf.checks import Check
 from llmcore_hf.config import COMMAND_LINE, Config
-from llmcore_hf.data.loading import Splits, column_mapping, looks_like_path
+from llmcore_hf.data.loading import DataArguments, Splits, column_mapping, load, looks_like_path
 from llmcore_hf.data.preparing import PROMPT_BYTES, PROMPT_TURNS
 from llmcore_hf.data.problems import DROP
 from llmcore_hf.data.reading import IMAGE_COLUMNS
@@ -46,7 +46,7 @@ from llmcore_hf.models import loading, tiny
 from llmcore_hf.run_dir import Diverged, RunDirectory
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, Trainer
+    from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 N_MEASURED = 1000  # rows whose token counts are measured for the summary
 N_SAMPLES = 5  # answers shown in the summary
@@ -299,13 +299,29 @@ def _refuse_vision_model(module: str, name: str, revision: str) -> None:
         )
 
 
-def refuse_images(module: str, splits: Splits) -> None:
-    """Raises `UserError` for data that hold images, before a model is loaded."""
+def load_splits(
+    config: Config, args: TrainingArguments, task: str, run_dir: RunDirectory, limit: PromptLimit | None
+) -> Splits:
+    """The dataset of a module that trains on text, checked; rows with problems stand in the run directory.
+
+    Raises:
+        UserError: the data cannot be used, or they hold images; all this before a model is loaded.
+    """
+    splits = load(
+        config.part(DataArguments),
+        task,
+        args.seed,
+        getattr(args, "dataset_num_proc", None),
+        args.load_best_model_at_end,
+        limit=limit,
+        bad_rows_file=run_dir.path / BAD_ROWS,
+    )
     if found := [name for name in IMAGE_COLUMNS if name in splits.train.column_names]:
         raise UserError(
-            f"{splits.source} holds images (column `{found[0]}`), and module `{module}` trains on text: {IMAGES_ELSEWHERE}; "
-            "or take the column out"
+            f"{splits.source} holds images (column `{found[0]}`), and module `{config.module}` trains on text: "
+            f"{IMAGES_ELSEWHERE}; or take the column out"
         )
+    return splits
 
 
 def quieten() -> None:
