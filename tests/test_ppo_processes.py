@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -165,16 +166,18 @@ def test_live_runs_sample_on_their_own_and_learn_alike(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- DeepSpeed
 
 SHARDED = ["full", "stop", "one backbone", "two backbones"]
+RESUMED = {2: "full", 3: "one backbone"}
 
 
 @pytest.fixture(scope="module", params=[2, 3])
-def sharded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ZeRO-2 shards gradients and optimizer, ZeRO-3 the weights as well. The first run compiles an operator."""
+def sharded(request: pytest.FixtureRequest, runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ZeRO-2 shards gradients and optimizer, ZeRO-3 the weights as well; the completions are those that one process recorded."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'llmcore-hf[deepspeed]'")
     folder = tmp_path_factory.mktemp(f"zero{request.param}")
-    launch(1, "record", folder, *SHARDED)
+    for file in (file for case in SHARDED for file in (runs / f"{case}.json", *runs.glob(f"record-{case}-0.*"))):
+        shutil.copy(file, folder)
     launch(2, "replay", folder, *SHARDED, zero_stage=request.param)
-    launch(2, "resume", folder, "full", "one backbone", zero_stage=request.param)
+    launch(2, "resume", folder, RESUMED[request.param], zero_stage=request.param)
     return folder
 
 
@@ -199,6 +202,6 @@ def test_what_deepspeed_saves_is_what_it_trained(sharded: Path, case: str) -> No
     check_saved(sharded, case)
 
 
-@pytest.mark.parametrize("case", ["full", "one backbone"])
-def test_deepspeed_resumes_exactly(sharded: Path, case: str) -> None:
+def test_deepspeed_resumes_exactly(sharded: Path) -> None:
+    [case] = (case for case in RESUMED.values() if (sharded / f"resumed-{case}-0.json").exists())
     check_resumed(sharded, case)
