@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,11 +16,13 @@ from conftest import Run
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from llmcore_hf import run_dir
 from llmcore_hf.errors import ConfigError
-from llmcore_hf.systems import deepspeed, devices, elastic, megatron, parallel, workers
+from llmcore_hf.systems import deepspeed, elastic, megatron, parallel, workers
 from llmcore_hf.systems.data_parallel import Engine, make_replica
 from llmcore_hf.systems.parallel import Layout, ModelShape, Training, Worker
 from llmcore_hf.systems.text import packed_batches
+from llmcore_hf.systems.workers import WorkerFailed
 
 TRAINING = Training(3, 8, 16, 2, 4e-3, 1e-5, seed=0)
 SHAPE = ModelShape(num_hidden_layers=2)
@@ -30,7 +34,9 @@ N_GPUS = torch.cuda.device_count()
 )
 def test_a_gpu_for_each_process_or_a_refusal(monkeypatch: pytest.MonkeyPatch, args: Any, needed: int) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: needed - 1)
-    with pytest.raises(ConfigError, match=f"--device cuda: .* up to {needed} processes.* sees {needed - 1} here"):
+    with pytest.raises(
+        ConfigError, match=f"--device cuda: .*, {needed} at one time, and PyTorch sees {needed - 1} here"
+    ):
         args(device="cuda")
     args()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: needed)
@@ -40,17 +46,84 @@ def test_a_gpu_for_each_process_or_a_refusal(monkeypatch: pytest.MonkeyPatch, ar
 def test_one_process_is_for_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert deepspeed.Args(device="cuda", num_processes=1).training.device == "cuda"
+    with pytest.raises(ConfigError, match="with one GPU, give --num_processes 1, or leave --device out"):
+        deepspeed.Args(device="cuda")
     with pytest.raises(ConfigError, match="--num_processes 1: at least 2"):
         deepspeed.Args(num_processes=1)
 
 
-def test_a_worker_on_a_gpu_talks_over_nccl_and_on_the_cpu_over_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[int] = []
-    monkeypatch.setattr(torch.cuda, "set_device", given.append)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: given[-1])
-    assert devices.use("cuda", 3) == torch.device("cuda", 3) == devices.own("cuda")
-    assert devices.use("cpu", 3) is None and devices.own("cpu") == torch.device("cpu")
-    assert devices.BACKENDS == {"cpu": "gloo", "cuda": "nccl"}
+@pytest.mark.parametrize(
+    ("device", "world_size", "joined"),
+    [
+        ("cpu", 4, {"backend": "gloo"}),
+        ("cuda", 4, {"backend": "nccl", "device_id": torch.device("cuda", 3)}),
+        ("cuda", 1, {"backend": "nccl"}),
+    ],
+)
+def test_a_worker_on_a_gpu_talks_over_nccl_and_on_the_cpu_over_gloo(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str, world_size: int, joined: dict[str, Any]
+) -> None:
+    """The worker itself, in this process, up to the group it enters."""
+    gpus: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", gpus.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: gpus[-1])
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GLOO_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "set by the worker, and put back by this")
+    monkeypatch.setattr(workers.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(workers, "_leave_with_parent", lambda: None)
+    monkeypatch.setattr(dist, "TCPStore", lambda *args, **options: None)
+
+    def enter(backend: str, *, store: Any, timeout: Any, rank: int, **options: Any) -> None:
+        assert rank == 3 and options.pop("world_size") == world_size
+        assert {"backend": backend, **options} == joined
+        raise RuntimeError("NCCL error\nLast error: no room in /dev/shm")
+
+    monkeypatch.setattr(dist, "init_process_group", enter)
+    with pytest.raises(RuntimeError, match="no room"):
+        workers._worker(3, print, world_size, 0, str(tmp_path), device, 9.0, ())
+    assert gpus == ([3] if device == "cuda" else [])
+    told = (tmp_path / "3.txt").read_text()
+    assert ("Last error: no room in /dev/shm. " in told, "NCCL_DEBUG" in told, "GLOO" in told) == (
+        (True, True, False) if device == "cuda" else (False, False, True)
+    )
+
+
+def test_the_device_reaches_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices_of: list[str] = []
+
+    def launch(*args: Any, device: str, **options: Any) -> Any:
+        devices_of.append(device)
+        raise WorkerFailed("enough")
+
+    monkeypatch.setattr(workers, "launch", launch)
+    training, batches = dataclasses.replace(TRAINING, device="cuda"), torch.zeros(4, 8, 17, dtype=torch.long)
+    job = elastic.Job(SHAPE, training, "nowhere", 1)
+    for work in (
+        lambda: megatron.train_layout(megatron.LAYOUTS[0], SHAPE, training, batches),
+        lambda: deepspeed.train_engines(2, SHAPE, training, batches),
+        lambda: deepspeed.go_on((2, 2), (1, 1), SHAPE, training, batches, []),
+        lambda: elastic.supervise(job, batches, 2, max_restarts=0),
+    ):
+        with pytest.raises(WorkerFailed, match="enough"):
+            work()
+    assert devices_of == ["cuda"] * 4
+
+
+@pytest.mark.parametrize(("given", "on_cpu"), [({"device": "cpu"}, True), ({"device": "cuda"}, False), ({}, False)])
+def test_the_summary_names_the_device_that_was_asked_for(given: dict[str, str], on_cpu: bool) -> None:
+    assert run_dir._on_cpu(given) is on_cpu and run_dir._on_cpu({**given, "use_cpu": True})
+
+
+def test_a_distributed_checkpoint_is_written_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where there is one, torch would copy tensors ahead in a stream of it, even those of the CPU."""
+    monkeypatch.setattr(elastic, "get_state_dict", lambda *args: ({"w": torch.ones(3)}, {}))
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *args: pytest.fail("it takes the GPU"))
+    elastic.save(SimpleNamespace(model=None, optimizer=None), tmp_path / "checkpoint-1", [1.0])  # type: ignore[arg-type]
+    assert list((tmp_path / "checkpoint-1").glob("*.distcp"))
 
 
 @pytest.fixture
@@ -66,9 +139,10 @@ def test_a_step_leaves_its_device_nowhere(
     monkeypatch: pytest.MonkeyPatch, world_of_four: None, sequence_parallel: bool
 ) -> None:
     """On `meta`, where every tensor must be: one that was left on the CPU does not go together with the others."""
-    monkeypatch.setattr(
-        torch, "meta", SimpleNamespace(device_count=lambda: 4), raising=False
-    )  # as torch.cuda is for DTensor
+    as_cuda = SimpleNamespace(device_count=lambda: 4)  # what DTensor asks `torch.cuda` for
+    monkeypatch.setattr(torch, "meta", as_cuda, raising=False)
+    optimizers = sys.modules["torch.optim.optimizer"]  # which would take many parameters at once there, as on a GPU
+    monkeypatch.setattr(optimizers, "_get_foreach_kernels_supported_devices", lambda: ["meta"])
     layout = Layout("2 x 2", tp=2, dp=2, sequence_parallel=sequence_parallel)
     training = dataclasses.replace(TRAINING, device="meta")
     worker = Worker(layout, SHAPE, training, torch.zeros(3, 8, 17, dtype=torch.long))
@@ -94,9 +168,9 @@ def test_the_one_rank_of_one_gpu_is_judged_by_what_one_rank_can_show(monkeypatch
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'llmcore-hf[deepspeed]'")
     args = deepspeed.Args(max_steps=4, hidden_size=64, num_hidden_layers=2, max_length=32, batch_size=8)
     args.num_processes = 1
-    run_dir = Recorded()
-    deepspeed.run(SimpleNamespace(part=lambda kind: args), run_dir)  # type: ignore[arg-type]
-    judged = {check.id.removeprefix("deepspeed."): check.passed for check in run_dir.checks}
+    recorded = Recorded()
+    deepspeed.run(SimpleNamespace(part=lambda kind: args), recorded)  # type: ignore[arg-type]
+    judged = {check.id.removeprefix("deepspeed."): check.passed for check in recorded.checks}
     unknown = {name for name, passed in judged.items() if passed is None}
     assert unknown == {"the_peak_tells_stage_1_from_stage_2", "communication_matches_the_formulas"}
     assert {judged[name] for name in judged.keys() - unknown - {"loss_fell"}} == {True}

@@ -157,8 +157,8 @@ def test_a_checkpoint_counts_when_every_rank_has_written_its_shard(
     """First the shards, which all ranks wait for; then the mark, by the first rank; and no rank goes on before it."""
     order: list[str] = []
 
-    def write(state: Any, checkpoint_id: Path) -> None:
-        checkpoint_id.mkdir()
+    def write(state: Any, storage_writer: Any) -> None:
+        storage_writer.path.mkdir()
         order.append("shards")
 
     monkeypatch.setattr(elastic, "get_state_dict", lambda model, optimizer: ({}, {}))

@@ -117,7 +117,7 @@ class Args(DeviceArguments):
             ),
             *self.not_positive("learning_rate", "adam_epsilon", "tolerance"),
             *parallel.learning_rate_problems(self.learning_rate),
-            *self.too_few_gpus(self.num_processes),
+            *self.too_few_gpus(self.num_processes, "with one GPU, give --num_processes 1"),
         ]
 
     @property

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from llmcore_hf.lesson import LessonArguments
 
@@ -22,28 +24,35 @@ class DeviceArguments(LessonArguments):
         },
     )
 
-    def too_few_gpus(self, n_processes: int) -> list[str]:
+    def too_few_gpus(self, n_processes: int, way_out: str = "") -> list[str]:
         """Why `n_processes` cannot train on `device`: at most one sentence. NCCL lets no two of them share a GPU."""
         n_gpus = torch.cuda.device_count()
         if self.device == "cpu" or n_gpus >= n_processes:
             return []
         return [
-            f"--device cuda: this run starts up to {n_processes} processes, each needs a GPU of its own, and PyTorch sees "
-            f"{n_gpus} here: leave --device out to train on the CPU"
+            f"--device cuda: each process needs a GPU of its own, {n_processes} at one time, and PyTorch sees {n_gpus} here; "
+            + (f"{way_out}, or " if way_out else "")
+            + "leave --device out to train on the CPU"
         ]
 
 
 def own(device: str) -> torch.device:
-    """The device of this process: the CPU, or the GPU that `use` has given it (the first one where nobody has)."""
-    return torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
-
-
-def use(device: str, local_rank: int) -> torch.device | None:
-    """Give this process its GPU, if it is to have one, and return it: `init_process_group` binds NCCL to it."""
+    """The device of this process: the CPU, or the GPU that `join` has given it (the first one where nobody has)."""
     if device != "cuda":
-        return None
-    torch.cuda.set_device(local_rank)
-    return own(device)
+        return torch.device(device)
+    torch.set_float32_matmul_precision("highest")  # some images turn TF32 on, whose 3 digits would hide every mistake
+    return torch.device(device, torch.cuda.current_device())
+
+
+def join(device: str, rank: int, world_size: int, **options: Any) -> None:
+    """Enter the process group of all processes on this machine, with a GPU of its own where `device` is "cuda"."""
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+        if (
+            world_size > 1
+        ):  # bound to its GPU, NCCL connects at once; with a group of one, on one GPU, it was seen to fail
+            options["device_id"] = own(device)
+    dist.init_process_group(BACKENDS[device], rank=rank, world_size=world_size, **options)
 
 
 def now(device: torch.device) -> float:

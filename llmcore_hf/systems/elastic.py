@@ -138,7 +138,9 @@ def save(replica: Replica, checkpoint: Path, losses: list[float]) -> None:
         losses: of all steps so far.
     """
     model, optimizer = get_state_dict(replica.model, replica.optimizer)
-    dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=checkpoint)
+    # Without copies ahead of writing, which would take the GPU of a machine that has one, whatever the tensors are on.
+    writer = dcp.FileSystemWriter(checkpoint, per_thread_copy_ahead=0)
+    dcp.save({"model": model, "optimizer": optimizer}, storage_writer=writer)
     if dist.get_rank() == 0:
         (checkpoint / LOSSES).write_text(json.dumps(losses), encoding="utf-8")
         mark_complete(checkpoint, len(losses))

@@ -325,7 +325,10 @@ def learning_rate_problems(learning_rate: float) -> list[str]:
 
 
 def make_optimizer(parameters: Any, training: Training) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameters, lr=training.learning_rate, eps=training.adam_epsilon, weight_decay=0.0)
+    # one parameter at a time: on a GPU the default takes them together, and refuses DTensors beside plain ones
+    return torch.optim.AdamW(
+        parameters, lr=training.learning_rate, eps=training.adam_epsilon, weight_decay=0.0, foreach=False
+    )
 
 
 def train(layout: Layout, shape: ModelShape, training: Training, batches: Tensor) -> dict[str, Any]:

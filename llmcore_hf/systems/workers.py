@@ -121,10 +121,9 @@ def _worker(
     limit = timedelta(seconds=timeout)
     try:
         store = dist.TCPStore(HOST, port, is_master=False, timeout=limit)
-        group = {"store": store, "rank": rank, "world_size": world_size, "timeout": limit}
-        dist.init_process_group(devices.BACKENDS[device], device_id=devices.use(device, rank), **group)
+        devices.join(device, rank, world_size, store=store, timeout=limit)
     except (RuntimeError, ValueError) as error:
-        (Path(folder) / f"{rank}.txt").write_text(_no_group(error), encoding="utf-8")
+        (Path(folder) / f"{rank}.txt").write_text(_no_group(device, error), encoding="utf-8")
         raise
     result = work(*args)
     torch.save(result, Path(folder) / f"{rank}.pt")
@@ -132,8 +131,17 @@ def _worker(
     dist.destroy_process_group()
 
 
-def _no_group(error: Exception) -> str:
-    """Why a worker did not get into the group: the first line of gloo's complaint, without the place in its source code."""
+def _no_group(device: str, error: Exception) -> str:
+    """Why a worker did not get into the group.
+
+    NCCL's complaint is told whole, for its reason stands at the end; of gloo's the first line, without the place in its
+    source code.
+    """
+    if device == "cuda":
+        return (
+            f"did not get into the process group: {' '.join(str(error).split())}. Workers talk over NCCL; with NCCL_DEBUG=INFO "
+            "in the environment it tells more"
+        )
     complaint = re.sub(r"^\[enforce fail at .*?\] .*?\. ", "", str(error).splitlines()[0])
     name = os.environ["GLOO_SOCKET_IFNAME"]
     return (
