@@ -48,9 +48,8 @@ def join(device: str, rank: int, world_size: int, **options: Any) -> None:
     """Enter the process group of all processes on this machine, with a GPU of its own where `device` is "cuda"."""
     if device == "cuda":
         torch.cuda.set_device(rank)
-        if (
-            world_size > 1
-        ):  # bound to its GPU, NCCL connects at once; with a group of one, on one GPU, it was seen to fail
+        # Bound to its GPU, NCCL connects at once. A group of one must not be: DeepSpeed's issue 8248.
+        if world_size > 1:
             options["device_id"] = own(device)
     dist.init_process_group(BACKENDS[device], rank=rank, world_size=world_size, **options)
 
