@@ -5,6 +5,7 @@
     torchrun --nproc_per_node 2 tests/ppo_worker.py live FOLDER CASE...         # samples itself
     torchrun --nproc_per_node 2 tests/ppo_worker.py resume FOLDER CASE...       # live, whole and from a checkpoint
 
+The word `resume` among the cases is the mode of those after it, so that processes start once.
 Of each case, `FOLDER/<mode>-<case>-<rank>.json` holds the log and the evaluations, and `.safetensors` weights and gradients.
 The trained models are saved in `FOLDER/saved-<mode>-<case>`.
 """
@@ -201,7 +202,9 @@ def main(mode: str, folder: str, *cases: str) -> None:
         shuffled = torch.randperm
         torch.randperm = lambda n, **kwargs: shuffled(n, **kwargs) if kwargs else in_order(n)
     for case in cases:
-        if mode == "resume":
+        if case == "resume":
+            mode = case
+        elif mode == "resume":
             resume(Path(folder), case)
         else:
             run(mode, Path(folder), case)

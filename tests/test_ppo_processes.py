@@ -67,7 +67,7 @@ def numbers(row: dict[str, Any]) -> dict[str, float]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("processes")
     launch(1, "record", folder, *CASES)
-    launch(2, "replay", folder, *CASES)
+    launch(2, "replay", folder, *CASES, "resume", "full", "one backbone")
     return folder
 
 
@@ -127,10 +127,9 @@ def check_saved(runs: Path, case: str) -> None:
         assert all(torch.equal(saved[name.removeprefix(f"weight {prefix}")], trained[name]) for name in names)
 
 
-def test_two_processes_resume_exactly(tmp_path: Path) -> None:
-    launch(2, "resume", tmp_path, "full", "one backbone")
-    for case in ("full", "one backbone"):
-        check_resumed(tmp_path, case)
+@pytest.mark.parametrize("case", ["full", "one backbone"])
+def test_two_processes_resume_exactly(runs: Path, case: str) -> None:
+    check_resumed(runs, case)
 
 
 def check_resumed(folder: Path, case: str) -> None:
@@ -170,45 +169,38 @@ SHARDED = {2: ["full", "stop", "one backbone"], 3: ["full", "one backbone", "two
 RESUMED = {2: "full", 3: "one backbone"}
 
 
-def each_stage(cases: dict[int, list[str]]) -> pytest.MarkDecorator:
-    pairs = [(stage, case) for stage, found in cases.items() for case in found]
-    return pytest.mark.parametrize(("sharded", "case"), pairs, indirect=["sharded"])
-
-
-@pytest.fixture(scope="module")
-def sharded(request: pytest.FixtureRequest, runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=SHARDED)
+def sharded(request: pytest.FixtureRequest, runs: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """ZeRO-2 shards gradients and optimizer, ZeRO-3 the weights as well; the completions are those that one process recorded."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'llmcore-hf[deepspeed]'")
     folder = tmp_path_factory.mktemp(f"zero{request.param}")
-    cases = SHARDED[request.param]
+    cases, resumed = SHARDED[request.param], RESUMED[request.param]
     for file in (file for case in cases for file in (runs / f"{case}.json", *runs.glob(f"record-{case}-0.*"))):
         shutil.copy(file, folder)
-    launch(2, "replay", folder, *cases, zero_stage=request.param)
-    launch(2, "resume", folder, RESUMED[request.param], zero_stage=request.param)
-    return folder
+    launch(2, "replay", folder, *cases, "resume", resumed, zero_stage=request.param)
+    return SimpleNamespace(folder=folder, cases=cases, resumed=resumed)
 
 
-@each_stage(SHARDED)
-def test_deepspeed_computes_what_one_process_computes(sharded: Path, case: str) -> None:
+def test_deepspeed_computes_what_one_process_computes(sharded: SimpleNamespace) -> None:
     """Seen: weights after twelve steps within 1.3e-6. Where `target_kl` skips a step, DeepSpeed shows the last norm again."""
-    one, two = read(sharded, "record", case, 0), read(sharded, "replay", case, 0)
-    assert two.world_size == 2 and two.wrapper == "DeepSpeedEngine"
-    assert furthest(one, two, "weight") < 1e-5
-    for a, b in zip(one.log, two.log, strict=True):
-        expected, found = numbers(a), numbers(b)
-        if expected["grad_norm"] == 0:
-            del expected["grad_norm"], found["grad_norm"]
-        assert expected == pytest.approx(found, abs=1e-5)
-    for a, b in zip(one.eval, two.eval, strict=True):
-        greedy = {name: value for name, value in numbers(a).items() if "sampled" not in name}
-        assert greedy == pytest.approx({name: b[name] for name in greedy}, abs=1e-5)
+    for case in sharded.cases:
+        one, two = read(sharded.folder, "record", case, 0), read(sharded.folder, "replay", case, 0)
+        assert two.world_size == 2 and two.wrapper == "DeepSpeedEngine", case
+        assert furthest(one, two, "weight") < 1e-5, case
+        for a, b in zip(one.log, two.log, strict=True):
+            expected, found = numbers(a), numbers(b)
+            if expected["grad_norm"] == 0:
+                del expected["grad_norm"], found["grad_norm"]
+            assert expected == pytest.approx(found, abs=1e-5), case
+        for a, b in zip(one.eval, two.eval, strict=True):
+            greedy = {name: value for name, value in numbers(a).items() if "sampled" not in name}
+            assert greedy == pytest.approx({name: b[name] for name in greedy}, abs=1e-5), case
 
 
-@each_stage({stage: [case for case in cases if case != "stop"] for stage, cases in SHARDED.items()})
-def test_what_deepspeed_saves_is_what_it_trained(sharded: Path, case: str) -> None:
-    check_saved(sharded, case)
+def test_what_deepspeed_saves_is_what_it_trained(sharded: SimpleNamespace) -> None:
+    for case in sharded.cases:
+        check_saved(sharded.folder, case)
 
 
-@each_stage({stage: [case] for stage, case in RESUMED.items()})
-def test_deepspeed_resumes_exactly(sharded: Path, case: str) -> None:
-    check_resumed(sharded, case)
+def test_deepspeed_resumes_exactly(sharded: SimpleNamespace) -> None:
+    check_resumed(sharded.folder, sharded.resumed)
