@@ -1,8 +1,9 @@
 """`PPOTrainer` against TRL 1.12's, the last one TRL had, on the same work; and the memory of one backbone: `make bench-ppo`.
 
 Both get the same GPT-2 with random weights, prompts, reward, batch, epochs and learning rate, each in processes of its own,
-in turn. The reward is the share of even token ids, so that it costs nothing. Completions end by chance: the embedding of
-the end token is set so that each token is the last one with a given probability; with 0 all have the same length.
+in turn. The reward is 5 for even token ids alone and -5 for odd ones alone, so that it costs nothing. Completions end by
+chance: the embedding of the end token is set so that each token is the last one with a given probability; with 0 all have the
+same length. Every repetition has a seed of its own, because the lengths that are drawn decide how much padding there is.
 Counted are completion tokens per second of processor time, one thread, from the first rollout to the last: alone on a machine
 that is the wall time, and beside other work it still compares the two. TRL's peer is installed into `build/trl`.
 """
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,12 +47,13 @@ class Work:
     end_probability: float
     learning_rate: float
     rollouts: int
+    seed: int = 0
 
 
 WORKS = (
-    Work("toy size", 64, 2, 320, 64, 64, 8, 0.2, 1e-3, 30),
-    Work("10 M parameters, lengths differ", 320, 5, 12288, 16, 4, 128, 1 / 100, 1e-6, 4),
-    Work("10 M parameters, equal lengths", 320, 5, 12288, 16, 4, 128, 0.0, 1e-6, 3),
+    Work("toy size", 64, 2, 320, 64, 64, 8, 0.2, 1e-5, 30),
+    Work("10 M parameters, lengths differ", 320, 6, 4096, 32, 4, 160, 1 / 80, 2e-6, 4),
+    Work("10 M parameters, equal lengths", 320, 6, 4096, 32, 4, 128, 0.0, 2e-6, 3),
 )
 # The fewer sequences a forward pass has, the more of the memory is weights; the first row is the one with a figure to reach.
 MEMORY = tuple(Work("124 M parameters", 768, 12, 50257, 8, n, 32, 0.0, 1e-5, 1) for n in (1, 2))
@@ -60,7 +62,7 @@ MEMORY = tuple(Work("124 M parameters", 768, 12, 50257, 8, n, 32, 0.0, 1e-5, 1) 
 # ------------------------------------------------------------ one side, in a process of its own
 
 
-def make_model(work: Work) -> Any:
+def make_model(work: Work, tied: bool = False) -> Any:
     """GPT-2 whose end token (id 1) is the next one with `end_probability`, as long as it is untrained."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -75,15 +77,22 @@ def make_model(work: Work) -> Any:
         bos_token_id=1,
         eos_token_id=1,
         pad_token_id=0,
+        tie_word_embeddings=tied,
     )
     model = GPT2LMHeadModel(config)
     p = work.end_probability
     logit = math.log(p * work.vocabulary / (1 - p)) if p else -30.0
-    with torch.no_grad():  # ln_f adds its bias to every hidden state, and this embedding reads it
-        model.transformer.ln_f.bias.normal_()
-        bias = model.transformer.ln_f.bias
-        model.lm_head.weight[1] = logit * bias / bias.dot(bias)
-        model.lm_head.weight[0] = -30.0 * bias / bias.dot(bias)  # padding is never sampled
+    weight = model.lm_head.weight
+    with torch.no_grad():
+        # ln_f adds its bias to every hidden state, and the end token's embedding reads it
+        bias = model.transformer.ln_f.bias.normal_()
+        if not tied:  # even ids have something in common, as words of one kind have: what one teaches holds for all
+            kind = weight.std() * torch.randn(work.hidden)
+            kind -= bias * kind.dot(bias) / bias.dot(bias)
+            weight[::2] += kind
+            weight[1::2] -= kind  # so that the end token becomes little rarer when even ids become more frequent
+        weight[1] = logit * bias / bias.dot(bias)
+        weight[0] = -30.0 * bias / bias.dot(bias)  # padding is never sampled
     return model
 
 
@@ -122,7 +131,7 @@ class Clock:
             self.tokens.append(0)
             self.rewards.append(0.0)
         self.seen += len(completions)
-        found = [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completions]
+        found = [5 * sum(1 - 2 * (i % 2) for i in ids if i > 1) / len(ids) for ids in completions]
         self.tokens[-1] += sum(map(len, completions))
         self.rewards[-1] += sum(found) / self.batch
         return found
@@ -148,6 +157,7 @@ def common(work: Work, folder: str) -> dict[str, Any]:
         "num_mini_batches": 1,
         "total_episodes": work.batch * work.rollouts,
         "learning_rate": work.learning_rate,
+        "lam": 1.0,  # all tokens count alike in the reward, so it must reach the first one undiminished
         "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0,  # TRL's loop does not clip gradients
         "use_cpu": True,
@@ -156,7 +166,7 @@ def common(work: Work, folder: str) -> dict[str, Any]:
         "save_strategy": "no",
         "disable_tqdm": True,
         "logging_steps": 1000,
-        "seed": 0,
+        "seed": work.seed,
     }
 
 
@@ -243,7 +253,7 @@ def run_memory(work: Work, folder: str, share: bool) -> dict[str, Any]:
 
     model = make_model(Work("", 32, 1, 320, 1, 1, 8, 0.0, 0.0, 1))  # whatever is imported late
     baseline = psutil.Process().memory_info().rss
-    model = make_model(work)
+    model = make_model(work, tied=True)
     args = PPOConfig(
         **common(work, folder),
         max_completion_length=work.length,
@@ -257,7 +267,7 @@ def run_memory(work: Work, folder: str, share: bool) -> dict[str, Any]:
         Dataset.from_dict({"prompt": prompts(work.batch)}),
         processing_class=make_tokenizer(),
         peft_config=LoraConfig(r=16, target_modules=["c_attn"], fan_in_fan_out=True),
-        ref_model=None if share else make_model(work),
+        ref_model=None if share else make_model(work, tied=True),
     ).train()
     return {
         "megabytes": (peak_rss_mb() * 2**20 - baseline) / 1e6,
@@ -298,9 +308,10 @@ def compare(work: Work, repeats: int) -> tuple[list[str], bool]:
     sizes = sorted({work.micro_batch, work.batch})
     best = max(sizes, key=lambda size: in_process("trl", work, str(size), "stubbed")["tokens_per_second"])
     runs: dict[str, list[dict[str, Any]]] = {"ours": [], "TRL 1.12, tuned": [], "TRL 1.12": []}
-    for _ in range(repeats):
-        runs["ours"].append(in_process("ours", work))
-        runs["TRL 1.12, tuned"].append(in_process("trl", work, str(best), "stubbed"))
+    for seed in range(repeats):
+        drawn = replace(work, seed=seed)
+        runs["ours"].append(in_process("ours", drawn))
+        runs["TRL 1.12, tuned"].append(in_process("trl", drawn, str(best), "stubbed"))
         own, other = (runs[name][-1]["tokens_per_second"] for name in ("ours", "TRL 1.12, tuned"))
         print(f"{work.name}: {own:.0f} tokens per second, TRL tuned {other:.0f}", file=sys.stderr)
     runs["TRL 1.12"].append(in_process("trl", work, str(best), "untouched"))
@@ -315,8 +326,10 @@ def compare(work: Work, repeats: int) -> tuple[list[str], bool]:
             f"| {first:.3f} → {last:.3f} | {60 * statistics.fmean(run['reward_per_second'] for run in found):.2f} |"
         )
     ratio = statistics.median(own / other for own, other in zip(speeds["ours"], speeds["TRL 1.12, tuned"], strict=True))
+    gains = {name: statistics.fmean(run["reward_per_second"] for run in found) for name, found in runs.items()}
     needed = 1.0 if "toy" in work.name else MIN_SPEEDUP if work.end_probability else 0.0
-    return rows, ratio >= needed
+    learns = work.end_probability == 0 or gains["ours"] >= gains["TRL 1.12, tuned"] > 0
+    return rows, ratio >= needed and learns
 
 
 def memory(work: Work) -> tuple[str, bool]:
