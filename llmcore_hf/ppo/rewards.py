@@ -19,7 +19,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import is_conversational
 
 from llmcore_hf.errors import UserError
-from llmcore_hf.models.loading import is_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -246,7 +245,9 @@ def load_reward_model(path: str, **options: Any) -> PreTrainedModel:
     Raises:
         UserError: weights are missing in it, as in a language model that was never trained to give rewards.
     """
-    if is_adapter(path):
+    if Path(
+        path, "adapter_config.json"
+    ).is_file():  # also one with a config.json beside it, as other trainers save them
         from peft import AutoPeftModelForSequenceClassification
 
         adapted = AutoPeftModelForSequenceClassification.from_pretrained(path, num_labels=1, **options)

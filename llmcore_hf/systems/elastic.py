@@ -190,8 +190,8 @@ def supervise(
     restarts, begun = 0, time.monotonic()
     while True:
         try:
-            now = kill_at if restarts == 0 else None
-            [result, *_] = workers.launch(train, n_ranks, job, batches, now, device=job.training.device)
+            killed = kill_at if restarts == 0 else None
+            [result, *_] = workers.launch(train, n_ranks, job, batches, killed, device=job.training.device)
             break
         except WorkerFailed as error:
             if restarts == max_restarts:
